@@ -1,0 +1,141 @@
+"""The table and its file: safetensors that anyone can read, several numbers of steps in one file."""
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import MTEOError
+from .sites import SPACES
+from .tableau import Tableau, make_tableau
+
+FORMAT = 1
+
+
+@dataclass
+class Table:
+    """What was learned for one number of steps.
+
+    sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
+    solver: a ComfyUI sampler's name with its options. tableau: its coefficients as sampled; corrected = they were learned.
+    offsets: site path -> [R, D]. record: how it was trained (JSON).
+    """
+
+    steps: int
+    sigmas: list[float]
+    timesteps: list[float]
+    solver: str
+    tableau: Tableau
+    offsets: dict[str, torch.Tensor]
+    corrected: bool = False
+    solver_options: dict = field(default_factory=dict)
+    record: dict = field(default_factory=dict)
+
+
+@dataclass
+class Embeddings:
+    """Tables by number of steps; space: "embedding" or "modulation"; model: family, prediction and sampling of the base model;
+    metadata: more strings for the file's header."""
+
+    tables: dict[int, Table]
+    space: str
+    model: dict = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def save_embeddings(embeddings: Embeddings, path: Path) -> None:
+    """Write the file under a temporary name, then rename. The same embeddings give the same bytes."""
+    path, tensors, about = Path(path), {}, {}
+    for steps, table in sorted(embeddings.tables.items()):
+        for site, rows in table.offsets.items():
+            tensors[f"{steps}.{site}"] = rows.detach().cpu().float().contiguous()
+        tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
+        tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
+        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver,
+                                 solver_options=table.solver_options, corrected=table.corrected, record=table.record)
+    header = {
+        **embeddings.metadata,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{embeddings.model.get('family', 'unknown')}/mteo",
+        "modelspec.implementation": "ComfyUI-MTEO",
+        "modelspec.hash_sha256": tensor_hash(tensors),
+        "mteo.format": str(FORMAT),
+        "mteo.space": embeddings.space,
+        "mteo.model": json.dumps(embeddings.model, sort_keys=True),
+        "mteo.tables": json.dumps(about, sort_keys=True),
+    }
+    header.setdefault("modelspec.title", "MTEO embeddings")
+    new = path.with_name(path.name + ".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new.open("wb") as file:
+        file.write(_sorted_header(save(dict(sorted(tensors.items())), header)))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """safetensors writes its header in a random order; sort it (and pad it to 8 bytes again), so that equal files are equal."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def load_embeddings(path: Path) -> Embeddings:
+    """Read and check a file; MTEOError names the file and what is wrong with it before anything else is touched."""
+    path = Path(path)
+    wrong = lambda why: MTEOError(f"{path.name} {why}.")
+    if not path.is_file():
+        raise wrong("is not there: put .safetensors files of MTEO into models/mteo")
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise wrong(f"cannot be read, it is cut off or no safetensors file ({error}): download it again") from error
+    if "mteo.format" not in header:
+        raise wrong("holds no MTEO embeddings: choose a file that Save MTEO Embeddings or the trainer wrote")
+    if header["mteo.format"] != str(FORMAT):
+        raise wrong(f"has format {header['mteo.format']}, this version reads {FORMAT}: update the pack")
+    if header.get("mteo.space") not in SPACES:
+        raise wrong(f"names the unknown space {header.get('mteo.space')}: update the pack")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise wrong(f"has whole numbers in {name}: distil the table again")
+        if not torch.isfinite(tensor).all():
+            raise wrong(f"has values in {name} that are not finite: distil the table again")
+    if header.get("modelspec.hash_sha256") != tensor_hash(tensors):
+        raise wrong("was changed after it was written (its hash differs): download it again")
+    try:
+        about = json.loads(header["mteo.tables"])
+        tables = {int(steps): _table(int(steps), facts, tensors) for steps, facts in about.items()}
+        model = json.loads(header["mteo.model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise wrong(f"is not complete ({error}): distil the table again") from error
+    return Embeddings(tables, header["mteo.space"], model, {k: v for k, v in header.items() if not k.startswith("mteo.") and k != "modelspec.hash_sha256"})
+
+
+def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
+    prefix = f"{steps}."
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
+    rows, calls = len(tableau.row_sigmas), len(tableau.sigmas)
+    if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (calls + 1, calls + 1):
+        raise ValueError(f"the table for {steps} steps has a schedule of another length")
+    for site, value in own.items():
+        if value.dim() != 2 or len(value) != rows:
+            raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {rows} rows")
+    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, own, facts["corrected"], facts["solver_options"], facts["record"])
+
+
+def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """ModelSpec's hash: "0x" + sha256 over the bytes of all tensors in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return "0x" + digest.hexdigest()

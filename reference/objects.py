@@ -1,0 +1,138 @@
+"""MODEL, CLIP and VAE of the reference model, made so that stock CLIPTextEncode, KSampler, VAEDecode and VAEEncode take them."""
+from functools import cache
+from pathlib import Path
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from . import latents, network
+from .vocabulary import END, LENGTH, PAD, START, TOKEN, WORDS, tokenize
+
+WEIGHTS = Path(__file__).parent / "weights" / "unet.safetensors"
+
+
+class Words:
+    """A tokenizer with Hugging Face's few methods that ComfyUI's SDTokenizer calls."""
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        return cls()
+
+    def __call__(self, text):
+        return {"input_ids": tokenize(text)}
+
+    def get_vocab(self):
+        return TOKEN
+
+    def decode(self, tokens, **kwargs):
+        return " ".join(WORDS[token] for token in tokens)
+
+
+class WordTokenizer(comfy.sd1_clip.SDTokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__("unused", max_length=LENGTH, pad_with_end=False, pad_token=PAD, embedding_directory=embedding_directory,
+                         embedding_size=network.TEXT_WIDTH, embedding_key="mteo", tokenizer_class=Words, tokenizer_data=tokenizer_data or {})
+
+
+class ReferenceTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=WordTokenizer, name="mteo")
+
+
+class TextEncoder(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, max_length=LENGTH, textmodel_json_config=dict(network.TEXT), dtype=dtype,
+                         special_tokens={"start": START, "end": END, "pad": PAD}, return_projected_pooled=False, model_options=model_options or {})
+        network.with_own_words(self.transformer, self.operations)
+
+
+class ReferenceTextModel(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, name="mteo", clip_model=TextEncoder)
+
+
+class ReferenceLatent(comfy.latent_formats.LatentFormat):
+    """Mean and scale of the 32 principal components; `process_in` gives every channel a standard deviation of 0.8."""
+
+    latent_channels = latents.CHANNELS
+    spacial_downscale_ratio = latents.PATCH
+    scale_factor = 1.0
+
+    def __init__(self):
+        vae = vae_numbers()
+        self.mean, self.scale = vae["mean"].view(1, -1, 1, 1), vae["scale"].view(1, -1, 1, 1)
+        pixels = vae["basis"].T.reshape(3, -1, latents.CHANNELS)  # [RGB, PATCH², channel]
+        basis = pixels.permute(2, 0, 1).reshape(latents.CHANNELS, -1) / vae["scale"][:, None]
+        bias = vae["basis"].T @ vae["mean"]
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = basis.tolist(), bias.tolist()
+        self.latent_rgb_factors_reshape = lambda channels: F.pixel_shuffle(channels, latents.PATCH)
+
+    def process_in(self, latent):
+        return (latent - self.mean.to(latent)) * self.scale.to(latent)
+
+    def process_out(self, latent):
+        return latent / self.scale.to(latent) + self.mean.to(latent)
+
+
+@cache
+def _file() -> dict[str, torch.Tensor]:
+    if not WEIGHTS.is_file():
+        raise FileNotFoundError(f"The reference model's weights {WEIGHTS.name} are missing: install the pack again.")
+    with torch.inference_mode(False):
+        return load_file(WEIGHTS)
+
+
+def vae_numbers() -> dict[str, torch.Tensor]:
+    return {name: _file()[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
+
+
+def _weights(prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value.float() for name, value in _file().items() if name.startswith(prefix)}
+
+
+def _with_factory(patcher, function):
+    """In-graph training asks the patcher for a fresh copy of the model through this pair."""
+    patcher.cached_patcher_init = (function, ())
+    return patcher
+
+
+def make_model(disable_dynamic: bool = False):
+    """The UNet as a MODEL (ε-prediction, SD1.x schedule, 32 × H/8 × W/8 latents), float32."""
+    family = comfy.supported_models.SD15(dict(network.UNET, dtype=torch.float32))
+    family.latent_format, family.inpaint_model = ReferenceLatent(), lambda: False
+    model = family.get_model({}, "model.")
+    model.diffusion_model.load_state_dict(_weights("unet."))
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else core
+    patcher = kind(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    return _with_factory(patcher, make_model)
+
+
+def make_clip():
+    """The text encoder as a CLIP: words of the vocabulary, "(word:1.3)" weights work."""
+    target = comfy.supported_models_base.ClipTarget(ReferenceTokenizer, ReferenceTextModel)
+    target.params = {}
+    weights = _weights("text.")
+    clip = comfy.sd.CLIP(target, parameters=sum(value.numel() for value in weights.values()))
+    model = clip.cond_stage_model
+    getattr(model, model.clip).transformer.load_state_dict(weights)
+    return clip
+
+
+def make_vae():
+    """The linear VAE as a VAE: 8 pixels a latent, 32 channels."""
+    vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
+    vae.first_stage_model = latents.LinearVAE(vae_numbers()["basis"])
+    vae.downscale_ratio = vae.upscale_ratio = latents.PATCH
+    vae.latent_channels = latents.CHANNELS
+    vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device())
+    vae.size = None
+    return vae

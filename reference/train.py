@@ -1,0 +1,174 @@
+"""Train the reference UNet and its text encoder on scenes made on the fly: python -m reference.train --comfyui PATH
+
+ε-prediction on the discrete SD1.x schedule, 10 % of prompts dropped, bfloat16 where the processor has it, EMA of the weights.
+The same command goes on where it was stopped; `run` holds the state, `weights` what ships (float16, ≤ 20 MB).
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
+
+from . import latents, network, scenes
+from .vocabulary import padded
+
+HERE = Path(__file__).parent
+
+
+def sigmas_of_sd1(steps=1000, start=0.00085, end=0.012) -> torch.Tensor:
+    """σ of the 1000 discrete steps of SD1.x: β linear in its root, σ² = (1 − ᾱ)/ᾱ (float64)."""
+    beta = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+    kept = torch.cumprod(1 - beta, 0)
+    return ((1 - kept) / kept).sqrt()
+
+
+class KeepNormInputs(TorchFunctionMode):
+    """ComfyUI's CLIP layer adds in place to what LayerNorm has kept for the backward pass: give LayerNorm a copy."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.layer_norm:
+            args = (args[0].clone(), *args[1:])
+        return function(*args, **(kwargs or {}))
+
+
+class Pair(torch.nn.Module):
+    """The two networks that are trained together; keys as they ship: unet.*, text.*"""
+
+    def __init__(self):
+        super().__init__()
+        import comfy.ops
+
+        self.unet = network.build_unet(comfy.ops.disable_weight_init)
+        self.text = network.build_text_encoder(comfy.ops.disable_weight_init)
+        initialise(self)
+
+    def forward(self, x, t, tokens):
+        with KeepNormInputs():
+            context = self.text(tokens)[0]
+        return self.unet(x, t, context=context)
+
+
+def initialise(model: torch.nn.Module) -> None:
+    """PyTorch's defaults where ComfyUI leaves memory as it is; the last layer of every residual branch starts at zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            torch.nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+            if name.endswith(("out_layers.3", "proj_out", "unet.out.2")):
+                torch.nn.init.zeros_(module.weight)
+        elif isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and module.weight is not None:
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02 if "position" in name else 0.5)
+
+
+def batch_of(count, sprites, vae, pca, drop, generator):
+    """Latents [B, 32, 8, 8] of unit-like scale and tokens [B, LENGTH]; a share `drop` of the prompts is empty."""
+    names = scenes.draw_names(count, generator)
+    raw = vae.encode(scenes.compose(names, sprites, generator))
+    texts = scenes.prompts(names)
+    dropped = torch.rand(count, generator=generator) < drop
+    tokens = torch.tensor([padded("" if gone else text) for text, gone in zip(texts, dropped.tolist(), strict=True)])
+    shape = (1, -1, 1, 1)
+    return (raw - pca["mean"].view(shape)) * pca["scale"].view(shape), tokens
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", required=True, help="root of ComfyUI's sources")
+    parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
+    parser.add_argument("--weights", type=Path, default=HERE / "weights" / "unet.safetensors")
+    parser.add_argument("--images", type=int, default=2_000_000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--warm", type=int, default=20_000, help="images of linear warm-up")
+    parser.add_argument("--ship-every", type=int, default=60_000, help="images between two writings of state and weights")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
+    options = parser.parse_args(arguments)
+    sys.path.insert(0, options.comfyui)
+    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.run.mkdir(parents=True, exist_ok=True)
+    options.weights.parent.mkdir(parents=True, exist_ok=True)
+    sprites = scenes.load_sprites()
+    generator = torch.Generator().manual_seed(0)
+    state_file, seen, spent = options.run / "state.pt", 0, 0.0
+    model = Pair().to(device).to(memory_format=torch.channels_last)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        average, seen, spent, pca = state["average"], state["seen"], state["spent"], state["pca"]
+        generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["torch"].cpu())
+    elif options.weights.exists():  # only what ships is at hand: go on from it with a fresh optimiser
+        shipped = load_file(options.weights)
+        pca = {name: shipped.pop(f"vae.{name}").float() for name in ("basis", "mean", "scale")}
+        seen = int(shipped.pop("images"))
+        generator.manual_seed(seen + 1)
+        model.load_state_dict({name: value.float() for name, value in shipped.items()})
+        average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    else:
+        pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator))
+    vae = latents.LinearVAE(pca["basis"])
+    sigmas = sigmas_of_sd1().float()
+    log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
+
+    def write():
+        torch.save(dict(model=model.state_dict(), optimiser=optimiser.state_dict(), average=average, seen=seen, spent=spent + time.time() - started,
+                        pca=pca, generator=generator.get_state(), torch=torch.get_rng_state()), state_file.with_suffix(".new"))
+        state_file.with_suffix(".new").replace(state_file)
+        shipped = {name: value.half().contiguous().cpu() for name, value in average.items()}
+        shipped |= {f"vae.{name}": value.contiguous() for name, value in pca.items()} | {"images": torch.tensor(seen)}
+        save_file(shipped, options.weights.with_suffix(".new"), {"license": "MIT", "images": str(seen), "data": "Noto Color Emoji, OFL-1.1/Apache-2.0"})
+        options.weights.with_suffix(".new").replace(options.weights)
+
+    while seen < options.images and time.time() - started < 60 * options.minutes:
+        x, tokens = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
+        t = torch.randint(1000, (options.batch,), generator=generator)
+        sigma, noise = sigmas[t].view(-1, 1, 1, 1), torch.randn(x.shape, generator=generator)
+        noisy = (x + sigma * noise) / (1 + sigma**2).sqrt()  # EPS scaling of the input
+        left = 1 - seen / options.images
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
+        with torch.autocast(device, torch.bfloat16):
+            predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device).float(), tokens.to(device))
+        loss = torch.nn.functional.mse_loss(predicted.float(), noise.to(device))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        seen += options.batch
+        keep = min(0.9995, 1 - 1 / (1 + (seen / options.batch) / 10))
+        with torch.no_grad():
+            current = model.state_dict()
+            torch._foreach_lerp_(list(average.values()), list(current.values()), 1 - keep)
+        recent.append(float(loss.detach()))
+        if len(recent) == 25:
+            speed = 25 * options.batch / (time.time() - mark)
+            line = dict(images=seen, loss=round(sum(recent) / 25, 5), rate=group["lr"], images_per_s=round(speed, 1), hours=round((spent + time.time() - started) / 3600, 3))
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            print(line, flush=True)
+            recent, mark = [], time.time()
+        if seen - written >= options.ship_every:
+            write()
+            written = seen
+    write()
+
+
+if __name__ == "__main__":
+    main()

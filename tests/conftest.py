@@ -1,0 +1,23 @@
+"""ComfyUI's real sources on the path, set up for the processor, before any test imports them."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def comfyui_root() -> Path:
+    """ComfyUI's root, first on sys.path; `python dev.py test` says where it is."""
+    root = Path(os.environ["COMFYUI_PATH"]).resolve()
+    sys.path.insert(0, str(root))
+    own, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401  reads sys.argv once
+
+    sys.argv = own
+    return root

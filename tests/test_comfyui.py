@@ -1,0 +1,199 @@
+"""The adapter inside ComfyUI's real sampling code, on the shipped reference model."""
+import pytest
+import torch
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def comfy_objects(comfyui_root):
+    with torch.inference_mode():
+        import nodes
+        from reference.objects import make_clip, make_model, make_vae
+
+        clip, vae, model = make_clip(), make_vae(), make_model()
+        encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
+        yield model, vae, encode("cat and apple"), encode("")
+
+
+def sample(model, positive, negative, sampler, sigmas, cfg=4.0, batch=1, callback=None):
+    import comfy.sample
+
+    latent = torch.zeros(batch, 32, SIZE // 8, SIZE // 8)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    return comfy.sample.sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, latent, seed=7, disable_pbar=True, callback=callback)
+
+
+def grid(model, name="sgm_uniform", steps=3):
+    import comfy.samplers
+
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), name, steps)
+
+
+def zero_embeddings(model, sampler, sigmas, fill=0.0):
+    from mteo.comfyui.solver import read_tableau
+    from mteo.embeddings import Embeddings, Table
+    from mteo.sites import find_sites
+
+    sampling = model.get_model_object("model_sampling")
+    tableau = read_tableau(sampler, sigmas, sampling)
+    rows = len(tableau.row_sigmas)
+    offsets = {site.path: torch.full((rows, site.width), fill) for site in find_sites(model.model.diffusion_model, "embedding")}
+    timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
+    return Embeddings({len(sigmas) - 1: Table(len(sigmas) - 1, sigmas.tolist(), timesteps, "", tableau, offsets)}, "embedding")
+
+
+ODE_SAMPLERS = ["euler", "heun", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc"]
+
+
+@pytest.mark.parametrize("name", ODE_SAMPLERS)
+def test_the_table_of_a_sampler_is_the_sampler(comfy_objects, name):
+    import comfy.samplers
+
+    from mteo.comfyui.solver import read_tableau, tableau_sampler
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object(name), grid(model)
+        kept = sigmas.clone()
+        tableau = read_tableau(sampler, sigmas, model.get_model_object("model_sampling"), name)
+        assert torch.equal(sigmas, kept)
+        own = sample(model, positive, negative, sampler, sigmas.clone())
+        told = sample(model, positive, negative, tableau_sampler(tableau), sigmas.clone())
+        assert (own - told).abs().max() / own.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpm_adaptive", "dpmpp_2m_cfg_pp", "euler_cfg_pp", "lcm"])
+def test_samplers_that_are_no_ode_solvers_are_refused_by_name(comfy_objects, name):
+    import comfy.samplers
+
+    from mteo.comfyui.solver import read_tableau
+    from mteo.errors import MTEOError
+
+    model = comfy_objects[0]
+    with torch.inference_mode(), pytest.raises(MTEOError, match=f"The sampler {name} "):
+        read_tableau(comfy.samplers.sampler_object(name), grid(model), model.get_model_object("model_sampling"), name)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_zero_table_and_strength_zero_change_no_bit(comfy_objects, name, cfg, batch):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings, remove_embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object(name), grid(model)
+        run = lambda patcher: sample(patcher, positive, negative, sampler, sigmas.clone(), cfg, batch)
+        plain = run(model)
+        zero, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas))
+        assert torch.equal(run(zero), plain)
+        filled = zero_embeddings(model, sampler, sigmas, fill=0.3)
+        moved, _ = apply_embeddings(model, filled)
+        assert not torch.equal(run(moved), plain)
+        off, _ = apply_embeddings(model, filled, strength=0.0)
+        assert torch.equal(run(off), plain)
+        assert torch.equal(run(remove_embeddings(moved.clone())), plain)
+        assert torch.equal(run(model), plain)
+        assert not any(module._forward_pre_hooks for module in model.model.diffusion_model.modules())
+
+
+def test_a_clone_that_dies_in_mid_sampling_takes_no_hook_off(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        patched, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas, fill=0.3))
+        whole = sample(patched, positive, negative, sampler, sigmas.clone())
+
+        def drop_a_clone(*arguments):
+            clone = patched.clone()
+            del clone
+
+        assert torch.equal(sample(patched, positive, negative, sampler, sigmas.clone(), callback=drop_a_clone), whole)
+
+
+def test_the_last_apply_wins(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        first, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas, fill=0.3))
+        twice, _ = apply_embeddings(first, zero_embeddings(model, sampler, sigmas))
+        assert torch.equal(sample(twice, positive, negative, sampler, sigmas.clone()), sample(model, positive, negative, sampler, sigmas.clone()))
+
+
+def test_another_schedule_or_start_is_refused_and_the_next_run_works(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+    from mteo.errors import MTEOError
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        patched, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas))
+        with pytest.raises(MTEOError, match="schedule"):
+            sample(patched, positive, negative, sampler, grid(model, "karras"))
+        with pytest.raises(MTEOError, match="start at step 1"):
+            sample(patched, positive, negative, sampler, sigmas[1:].clone())
+        assert torch.isfinite(sample(patched, positive, negative, sampler, sigmas.clone())).all()
+
+
+def test_wrong_tables_leave_the_model_as_it_was(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+    from mteo.errors import MTEOError
+
+    model, *_ = comfy_objects
+    with torch.inference_mode():
+        embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model))
+        with pytest.raises(MTEOError, match="no table for 5 steps: they hold 3"):
+            apply_embeddings(model, embeddings, steps=5)
+        offsets = embeddings.tables[3].offsets
+        offsets["middle_block.0.emb_layers.1"] = torch.zeros(3, 7)
+        with pytest.raises(MTEOError, match=r"middle_block.0.emb_layers.1 takes 512 numbers, the table has 7"):
+            apply_embeddings(model, embeddings)
+        offsets["joint_blocks.0.x_block.adaLN_modulation.1"] = offsets.pop("middle_block.0.emb_layers.1")
+        with pytest.raises(MTEOError, match="another architecture"):
+            apply_embeddings(model, embeddings)
+
+
+def test_every_site_of_the_reference_model_is_alive(comfy_objects):
+    """A bias before a GroupNorm whose groups have one channel would change nothing."""
+    from mteo.injection import Offsets, attach, detach
+    from mteo.sites import find_sites
+
+    model = comfy_objects[0]
+    network = model.model.diffusion_model
+    x, t, context = torch.randn(2, 32, 8, 8), torch.tensor([500.0, 500.0]), torch.randn(2, 8, 128)
+    with torch.inference_mode():
+        plain = network(x, t, context=context)
+        sites = find_sites(network, "embedding")
+        assert len(sites) >= 10
+        for site in sites:
+            offsets = Offsets({site.path: torch.full((1, site.width), 0.5)})
+            offsets.row = 0
+            handles = attach(network, offsets, "embedding")
+            assert (network(x, t, context=context) - plain).abs().max() > 1e-3, site.path
+            detach(handles)
+
+
+def test_picture_survives_the_linear_vae(comfy_objects):
+    import nodes
+
+    _, vae, *_ = comfy_objects
+    with torch.inference_mode():
+        latent = torch.randn(2, 32, 8, 8)
+        picture = nodes.VAEDecode().decode(vae, {"samples": latent * 0.05})[0]
+        again = nodes.VAEEncode().encode(vae, picture)[0]["samples"]
+        assert picture.shape == (2, 64, 64, 3) and torch.allclose(again, latent * 0.05, atol=1e-3)

@@ -1,0 +1,163 @@
+"""The method's parts on small real networks and closed forms."""
+import struct
+
+import pytest
+import torch
+
+from mteo.embeddings import Embeddings, Table, load_embeddings, save_embeddings
+from mteo.errors import MTEOError
+from mteo.injection import Offsets, attach, detach
+from mteo.metrics import nrmse, paired_bootstrap_ratio
+from mteo.sites import find_sites
+from mteo.tableau import euler_tableau, execute, probe
+
+SIGMAS = torch.tensor([14.6, 3.2, 0.6, 0.0])
+
+
+def euler(model, x, sigmas):
+    for k in range(len(sigmas) - 1):
+        d = (x - model(x, sigmas[k] * x.new_ones(len(x)))) / sigmas[k]
+        x = x + d * (sigmas[k + 1] - sigmas[k])
+    return x
+
+
+def heun(model, x, sigmas):
+    for k in range(len(sigmas) - 1):
+        d = (x - model(x, sigmas[k])) / sigmas[k]
+        step = sigmas[k + 1] - sigmas[k]
+        if sigmas[k + 1] == 0:
+            return x + d * step
+        ahead = x + d * step
+        x = x + step * (d + (ahead - model(ahead, sigmas[k + 1])) / sigmas[k + 1]) / 2
+    return x
+
+
+def test_probe_reads_euler_as_its_closed_form():
+    assert torch.allclose(probe(euler, SIGMAS, "euler").matrix, euler_tableau(SIGMAS).matrix, atol=1e-6)
+
+
+def test_rows_are_distinct_sigmas_not_calls():
+    tableau = probe(heun, SIGMAS, "heun")
+    assert tableau.rows == (0, 1, 1, 2, 2) and len(tableau.row_sigmas) == 3
+
+
+def test_executing_the_table_is_the_sampler():
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) / 4
+    network = lambda x, sigma: torch.tanh(x @ weight) / (1 + float(torch.as_tensor(sigma).flatten()[0]))
+    x = torch.randn(3, 8) * 14.6
+    for sampler in (euler, heun):
+        told = execute(probe(sampler, SIGMAS, "it"), lambda x, call, sigma: network(x, sigma), x)
+        assert torch.allclose(told, sampler(network, x, SIGMAS), rtol=1e-5, atol=1e-5)
+
+
+def noisy(model, x, sigmas):
+    return euler(model, x, sigmas) + 0.1 * torch.randn_like(x)
+
+
+def bent(model, x, sigmas):
+    return euler(lambda x, s: model(x, s) ** 2, x, sigmas)
+
+
+def broken(model, x, sigmas):
+    raise IndexError("steps")
+
+
+@pytest.mark.parametrize("sampler", [noisy, bent, broken])
+def test_what_is_no_ode_solver_is_refused_by_name(sampler):
+    with pytest.raises(MTEOError, match="sampler odd_one"):
+        probe(sampler, SIGMAS, "odd_one")
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb_layers = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Linear(6, 4))
+
+
+class Network(torch.nn.Module):
+    """Layers named as in ComfyUI's UNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.input_blocks = torch.nn.ModuleList([torch.nn.ModuleList([Layer()]) for _ in range(2)])
+
+    def forward(self, emb):
+        return sum(block[0].emb_layers(emb) for block in self.input_blocks)
+
+
+@pytest.mark.parametrize("space", ["embedding", "modulation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_offsets_change_no_bit_and_others_do(space, dtype):
+    network, emb = Network().to(dtype), torch.randn(4, 6).to(dtype)
+    plain = network(emb)
+    table = {site.path: torch.zeros(3, site.width) for site in find_sites(network, space)}
+    offsets = Offsets(table)
+    handles = attach(network, offsets, space)
+    offsets.row = 1
+    assert torch.equal(network(emb), plain)
+    for rows in table.values():
+        rows[1] = 0.5
+    offsets.row = torch.tensor([1, -1, 1, -1])
+    moved = network(emb)
+    assert moved.dtype == dtype and not torch.equal(moved[0], plain[0])
+    assert torch.equal(moved[1], plain[1]) and torch.equal(moved[3], plain[3])
+    detach(handles)
+    assert torch.equal(network(emb), plain)
+
+
+def test_offsets_get_a_gradient_and_weights_none():
+    network = Network().requires_grad_(False)
+    table = {site.path: torch.zeros(3, site.width, requires_grad=True) for site in find_sites(network, "embedding")}
+    offsets = Offsets(table)
+    attach(network, offsets, "embedding")
+    offsets.row = 2
+    network(torch.randn(4, 6)).pow(2).sum().backward()
+    assert all(rows.grad[2].abs().sum() > 0 and rows.grad[:2].abs().sum() == 0 for rows in table.values())
+
+
+@pytest.fixture
+def embeddings():
+    tableau = euler_tableau(SIGMAS)
+    offsets = {"input_blocks.0.0.emb_layers.1": torch.randn(3, 6)}
+    return Embeddings({3: Table(3, SIGMAS.tolist(), [999.0, 700.0, 300.0], "euler", tableau, offsets)}, "embedding", {"family": "unet"})
+
+
+def test_file_round_trip_and_same_bytes(embeddings, tmp_path):
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    save_embeddings(embeddings, one)
+    again = load_embeddings(one)
+    save_embeddings(again, two)
+    assert one.read_bytes() == two.read_bytes()
+    site = "input_blocks.0.0.emb_layers.1"
+    assert torch.equal(again.tables[3].offsets[site], embeddings.tables[3].offsets[site])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+def test_broken_files_get_one_sentence(embeddings, tmp_path):
+    path = tmp_path / "table.safetensors"
+    save_embeddings(embeddings, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(MTEOError, match="table.safetensors cannot be read"):
+        load_embeddings(path)
+    data = bytearray(whole)
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(MTEOError, match="hash differs|not finite"):
+        load_embeddings(path)
+    start = 8 + struct.unpack("<Q", whole[:8])[0]
+    at = whole.index(struct.pack("<f", float(embeddings.tables[3].offsets["input_blocks.0.0.emb_layers.1"][0, 0])), start)
+    path.write_bytes(whole[:at] + struct.pack("<f", float("nan")) + whole[at + 4 :])
+    with pytest.raises(MTEOError, match="not finite"):
+        load_embeddings(path)
+    with pytest.raises(MTEOError, match="models/mteo"):
+        load_embeddings(tmp_path / "none.safetensors")
+
+
+def test_metrics_on_known_errors():
+    teacher = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    student = teacher + 0.1 * teacher.std()
+    assert nrmse(student, teacher)["pooled"] == pytest.approx(0.1, rel=1e-3)
+    errors = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5
+    ratio, low, high = paired_bootstrap_ratio(0.5 * errors, errors)
+    assert ratio == pytest.approx(0.5) and low == pytest.approx(0.5) and high == pytest.approx(0.5)

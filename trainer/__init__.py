@@ -1,0 +1,1 @@
+"""Headless runs: the same core as the nodes, from the command line."""

@@ -1,9 +1,16 @@
 """How far a student's end points are from the teacher's."""
 import torch
 
+from .errors import MTEOError
+
 
 def per_picture(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """RMSE of each picture [N] ÷ standard deviation of all the teacher's values (float64); inputs [N, ...]."""
+    """RMSE of each picture [N] ÷ standard deviation of all the teacher's values (float64); inputs [N, ...].
+    MTEOError where the shapes differ or the teacher has no spread."""
+    if student.shape != teacher.shape or student.dim() < 2:
+        raise MTEOError(f"Pictures cannot be compared: the student's are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}.")
+    if teacher.numel() < 2 or float(teacher.double().std()) == 0:
+        raise MTEOError("Pictures cannot be compared: the teacher's have no spread.")
     error = (student.double() - teacher.double()).flatten(1).pow(2).mean(1).sqrt()
     return error / teacher.double().std()
 
@@ -11,13 +18,17 @@ def per_picture(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def nrmse(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
     """Pooled, mean and median of the per-picture errors; 0 = equal, 1 = as far as the teacher's own spread."""
     errors = per_picture(student, teacher)
-    return {"pooled": float(errors.pow(2).mean().sqrt()), "mean": float(errors.mean()), "median": float(errors.median())}
+    return {"pooled": float(errors.pow(2).mean().sqrt()), "mean": float(errors.mean()), "median": float(errors.quantile(0.5))}
 
 
-def paired_bootstrap_ratio(errors_a: torch.Tensor, errors_b: torch.Tensor, seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """(ratio, low, high): pooled RMSE of a ÷ of b over the same items, with a 95 % interval from resampling items [N]."""
-    a, b = errors_a.double().pow(2), errors_b.double().pow(2)
-    index = torch.randint(len(a), (draws, len(a)), generator=torch.Generator().manual_seed(seed))
-    ratios = (a[index].mean(1) / b[index].mean(1)).sqrt()
+def paired_bootstrap_ratio(errors_a: torch.Tensor, errors_b: torch.Tensor, seed: int = 0, n: int = 2000) -> tuple[float, float, float]:
+    """(ratio, low, high): pooled RMSE of a ÷ of b over the same items, with a 95 % interval from resampling items [N]
+    `n` times, the same items for both (traps 34)."""
+    if errors_a.shape != errors_b.shape or errors_a.dim() != 1 or len(errors_a) == 0:
+        raise MTEOError("The two lists of errors must be of the same pictures.")
+    a, b = errors_a.double().cpu().pow(2), errors_b.double().cpu().pow(2)
+    generator = torch.Generator().manual_seed(seed)
+    draws = (torch.randint(len(a), (len(a),), generator=generator) for _ in range(n))
+    ratios = torch.stack([a[index].mean() / b[index].mean() for index in draws]).sqrt()
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float((a.mean() / b.mean()).sqrt()), low, high

@@ -7,6 +7,7 @@ import torch
 from .errors import MTEOError
 
 MAX_CALLS = 64
+ACCURACY = 1e-5  # relative; float32 rounding of uni_pc reaches 4e-6 (traps 5)
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,12 @@ class Tableau:
     matrix: torch.Tensor
 
 
+class _TooManyCalls(Exception):
+    pass
+
+
 class _Recorder:
-    """Answers call j with channel 1+j set to one; channel 0 is x_T."""
+    """A model that answers call j with answers[j] and keeps what it was asked."""
 
     def __init__(self, answers: torch.Tensor):
         self.answers, self.seen, self.sigmas = answers, [], []
@@ -29,53 +34,60 @@ class _Recorder:
     def __call__(self, x, sigma, **kwargs):
         call = len(self.seen)
         if call >= len(self.answers):
-            raise OverflowError
+            raise _TooManyCalls
         self.seen.append(x.detach().clone())
         self.sigmas.append(float(torch.as_tensor(sigma).flatten()[0]))
         return self.answers[call].view(x.shape).clone()
 
 
-def probe(run, sigmas: torch.Tensor, name: str) -> Tableau:
+def probe(run, sigmas: torch.Tensor, name: str, max_calls: int = MAX_CALLS) -> Tableau:
     """Read a sampler; `run(model, x, sigmas)` returns its result, model(x, sigma) -> denoised.
 
-    In float32 on a clone of `sigmas` [K+1]. MTEOError by `name` where it raises, calls the network more than 64 times, adds
-    noise, or does not answer linearly (a second run on random numbers differs from the table by more than 1e-4 relative).
+    In float32 on a clone of `sigmas` [K+1] (traps 5); the caller's random state is left alone. First run: x_T is the unit
+    vector of channel 0, D_j that of channel 1+j, so what the sampler computes are the coefficients. Second run: random numbers
+    under another seed. MTEOError by `name` where it raises, calls the network more than `max_calls` times or at other σ the
+    second time, adds noise, or answers otherwise than the table by more than 1e-5 relative.
     """
     refuse = lambda why: MTEOError(f"The sampler {name} {why}, so it is not an ODE solver that a table can be trained for: choose euler, dpmpp_2m or ipndm.")
-    size = MAX_CALLS + 1
-    start = torch.zeros(1, size, 1, 1)
-    start[0, 0] = 1.0
-    answers = torch.eye(size)[1:]
-    first, end = _run(run, _Recorder(answers), start, sigmas, refuse)
+    if sigmas.dim() != 1 or len(sigmas) < 2 or not torch.isfinite(sigmas).all():
+        raise MTEOError(f"The schedule for the sampler {name} needs at least two finite sigmas.")
+    size = max_calls + 2  # x_T, the calls, and one channel that nothing may reach
+    units = torch.eye(size).view(size, size, 1, 1)
+    first, whole = _run(run, _Recorder(units[1 : max_calls + 1]), units[:1], sigmas, 0, refuse)
     calls = len(first.seen)
     if calls == 0:
         raise refuse("never calls the network")
-    matrix = torch.stack([x.flatten() for x in (*first.seen, end)])[:, : calls + 1].double()
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(size, 16, 1, 1, generator=generator)
-    second, other = _run(run, _Recorder(values[1:]), values[:1], sigmas, refuse)
+    matrix = whole[:, : calls + 1]
+    if whole[:, calls + 1 :].any() or not torch.isfinite(matrix).all():
+        raise refuse("adds noise or is not linear")
+    values = torch.randn(size, 16, 1, 1, generator=torch.Generator().manual_seed(1))
+    second, seen = _run(run, _Recorder(values[1 : max_calls + 1]), values[:1], sigmas, 1, refuse)
     if second.sigmas != first.sigmas:
         raise refuse("chooses its steps by what the network answers")
     flat = values[: calls + 1, :, 0, 0].double()
-    told, seen = matrix @ flat, torch.stack([x.flatten() for x in (*second.seen, other)]).double()
-    if not torch.isfinite(seen).all() or (told - seen).abs().max() > 1e-4 * matrix.abs().sum(1).max() * flat.abs().max():
+    error = (matrix @ flat - seen).abs().amax(1)
+    if not (error <= ACCURACY * (matrix.abs() @ flat.abs()).amax(1)).all():  # so that NaN is refused as well
         raise refuse("adds noise or is not linear")
     return make_tableau(first.sigmas, matrix)
 
 
-def _run(run, recorder, start, sigmas, refuse):
+def _run(run, recorder, start, sigmas, seed, refuse):
+    """(recorder, [calls + 1, channels] float64: the x of every call and the result)."""
     try:
-        return recorder, run(recorder, start, sigmas.detach().clone().float())
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            end = run(recorder, start.clone(), sigmas.detach().clone().float().cpu())
+            return recorder, torch.stack([x.flatten() for x in (*recorder.seen, end)]).double()
     except MTEOError:
         raise
-    except OverflowError:
-        raise refuse(f"calls the network more than {MAX_CALLS} times") from None
+    except _TooManyCalls:
+        raise refuse(f"calls the network more than {len(recorder.answers)} times") from None
     except Exception as error:
         raise refuse(f"cannot be read ({type(error).__name__})") from error
 
 
 def make_tableau(sigmas: list[float], matrix: torch.Tensor) -> Tableau:
-    """Tableau from σ in call order and its matrix; equal σ share a row."""
+    """Tableau from σ in call order and its matrix; equal σ share a row (traps 6)."""
     distinct, rows = [], []
     for sigma in sigmas:
         match = next((i for i, own in enumerate(distinct) if abs(own - sigma) <= 1e-6 * own), None)
@@ -114,9 +126,31 @@ def combine(row: torch.Tensor, terms: list[torch.Tensor]) -> torch.Tensor:
     for weight, term in zip(weights, terms, strict=False):
         if weight:
             total = weight * term if total is None else total + weight * term
-    return total
+    return torch.zeros_like(terms[0]) if total is None else total
 
 
 def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
-    """The same calls with other coefficients."""
-    return replace(tableau, matrix=matrix)
+    """The same calls with other coefficients [N+1, N+1]; kept as float64."""
+    if matrix.shape != tableau.matrix.shape:
+        raise MTEOError(f"The solver's table is {tuple(tableau.matrix.shape)}, the new one {tuple(matrix.shape)}: correct the same solver.")
+    return replace(tableau, matrix=matrix.double())
+
+
+def solve_last_row(terms: list[torch.Tensor], target: torch.Tensor, prior: torch.Tensor | None = None, weight: float = 1e-6) -> torch.Tensor:
+    """argmin_r |Σ_i r_i·terms_i − target|² [N+1], float64 least squares (in float32 it is far off, traps 23).
+
+    terms = [x_T, D_0, …, D_{N-1}], each [B, ...] like target. With `prior` [N+1] (the solver's own row) a ridge of
+    weight·(mean square of the columns) pulls towards it. MTEOError where shapes differ or values are not finite.
+    """
+    if any(term.shape != target.shape for term in terms):
+        raise MTEOError("The last row cannot be solved: the terms and the target differ in shape.")
+    columns = torch.stack([term.detach().flatten().double().cpu() for term in terms], 1)
+    right = target.detach().flatten().double().cpu()
+    if not (torch.isfinite(columns).all() and torch.isfinite(right).all()):
+        raise MTEOError("The last row cannot be solved: the network's answers are not finite.")
+    if prior is not None:  # the ridge as more equations: √λ·(r − prior) = 0
+        prior = prior.detach().double().cpu()
+        root = (weight * columns.square().sum(0).mean()).sqrt()
+        columns = torch.cat([columns, root * torch.eye(len(terms), dtype=torch.float64)])
+        right = torch.cat([right, root * prior])
+    return torch.linalg.lstsq(columns, right[:, None], driver="gelsd").solution[:, 0]

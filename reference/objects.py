@@ -10,7 +10,6 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from . import latents, network
@@ -69,11 +68,9 @@ class ReferenceLatent(comfy.latent_formats.LatentFormat):
     def __init__(self):
         vae = vae_numbers()
         self.mean, self.scale = vae["mean"].view(1, -1, 1, 1), vae["scale"].view(1, -1, 1, 1)
-        pixels = vae["basis"].T.reshape(3, -1, latents.CHANNELS)  # [RGB, PATCH², channel]
-        basis = pixels.permute(2, 0, 1).reshape(latents.CHANNELS, -1) / vae["scale"][:, None]
-        bias = vae["basis"].T @ vae["mean"]
-        self.latent_rgb_factors, self.latent_rgb_factors_bias = basis.tolist(), bias.tolist()
-        self.latent_rgb_factors_reshape = lambda channels: F.pixel_shuffle(channels, latents.PATCH)
+        colour = vae["basis"].reshape(latents.CHANNELS, 3, -1).mean(2)  # [channel, RGB]: mean colour of a patch
+        self.latent_rgb_factors = (colour / vae["scale"][:, None]).tolist()
+        self.latent_rgb_factors_bias = (vae["mean"] @ colour).tolist()
 
     def process_in(self, latent):
         return (latent - self.mean.to(latent)) * self.scale.to(latent)

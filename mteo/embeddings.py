@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from .errors import MTEOError
 from .sites import SPACES
-from .tableau import Tableau, make_tableau
+from .tableau import Tableau, make_tableau, with_matrix
 
 FORMAT = 1
 
@@ -21,8 +21,8 @@ class Table:
     """What was learned for one number of steps.
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
-    solver: a ComfyUI sampler's name with its options. tableau: its coefficients as sampled; corrected = they were learned.
-    offsets: site path -> [R, D]. record: how it was trained (JSON).
+    solver: a ComfyUI sampler's name with its options. tableau: its coefficients as sampled.
+    offsets: site path -> [R, D]. base: the solver's own coefficients where `tableau` holds learned ones, else None. record: how it was trained (JSON).
     """
 
     steps: int
@@ -31,9 +31,13 @@ class Table:
     solver: str
     tableau: Tableau
     offsets: dict[str, torch.Tensor]
-    corrected: bool = False
+    base: Tableau | None = None
     solver_options: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
+
+    @property
+    def corrected(self) -> bool:
+        return self.base is not None
 
 
 @dataclass
@@ -54,9 +58,11 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
         for site, rows in table.offsets.items():
             tensors[f"{steps}.{site}"] = rows.detach().cpu().float().contiguous()
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
+        if table.base is not None:
+            tensors[f"{steps}.solver.base"] = table.base.matrix.cpu().double().contiguous()
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
         about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver,
-                                 solver_options=table.solver_options, corrected=table.corrected, record=table.record)
+                                 solver_options=table.solver_options, record=table.record)
     header = {
         **embeddings.metadata,
         "modelspec.sai_model_spec": "1.0.1",
@@ -124,13 +130,14 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     prefix = f"{steps}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
+    base = own.pop("solver.base", None)
     rows, calls = len(tableau.row_sigmas), len(tableau.sigmas)
     if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (calls + 1, calls + 1):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
     for site, value in own.items():
         if value.dim() != 2 or len(value) != rows:
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {rows} rows")
-    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, own, facts["corrected"], facts["solver_options"], facts["record"])
+    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, own, None if base is None else with_matrix(tableau, base), facts["solver_options"], facts["record"])
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

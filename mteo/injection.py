@@ -6,34 +6,43 @@ from .sites import SPACES
 
 
 class Offsets:
-    """The table that hooks read and the row in force.
+    """The table that hooks read, and the offsets in force.
 
-    table: site path -> [R, D]. row: None = no offset, an int = that row for the whole batch, LongTensor [B] = a row for each
-    batch row with −1 for none. scale multiplies the offset (1 = as trained, 0 = none). Units: those of the site's tensor.
+    table: site path -> [R, D], all of one R. `select` sets what is added until the next `select`; units are those of the site's
+    tensor. A weight of 1 picks a row bit for bit, 0 adds nothing.
     """
 
     def __init__(self, table: dict[str, torch.Tensor]):
-        self.table, self.row, self.scale = table, None, 1.0
+        self.table, self.scale = table, 1.0
+        self.current: dict[str, torch.Tensor] | None = None
+        self._joined: torch.Tensor | None = None
+
+    def select(self, weights: torch.Tensor | None) -> None:
+        """weights [B, R] (or [1, R] for the whole batch): how much of each row each batch row gets; None = the plain network."""
+        if weights is None or self.scale == 0:
+            self.current = None
+            return
+        joined = self._join(weights.device)
+        mixed = ((weights * self.scale)[:, :, None] * joined[None]).sum(1)
+        self.current = dict(zip(self.table, mixed.split([rows.shape[1] for rows in self.table.values()], dim=1), strict=True))
+
+    def _join(self, device) -> torch.Tensor:
+        """All sites side by side [R, ΣD] on the device; a trained table is joined anew, so that gradients reach its tensors."""
+        if any(rows.requires_grad for rows in self.table.values()):
+            return torch.cat([rows.to(device) for rows in self.table.values()], 1)
+        if self._joined is None or self._joined.device != device:
+            self._joined = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
+        return self._joined
 
     def add(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        """tensor [B, D] or [B, T, D] plus the offset in the tensor's own dtype; differentiable in the table."""
-        rows = self.table[path]
-        if rows.device != tensor.device:
-            rows = rows.to(tensor.device)
-            if not rows.requires_grad:  # a copy of a trained table would go stale: the optimiser changes the original
-                self.table[path] = rows
-        if isinstance(self.row, int):
-            offset = rows[self.row]
-        else:
-            per_row = self.row.to(tensor.device)
-            offset = torch.where((per_row >= 0)[:, None], rows[per_row.clamp_min(0)], 0)
-            offset = offset.view(len(offset), *[1] * (tensor.dim() - 2), -1)
-        return tensor + (offset * self.scale).to(tensor.dtype)  # v = e_l(t_k) + Δ[k, l], cast at the site (traps 12)
+        """tensor [B, D] or [B, T, D] plus the offset, cast to the tensor's own dtype at the site (traps 12)."""
+        offset = self.current[path]
+        return tensor + offset.view(len(offset), *[1] * (tensor.dim() - 2), -1).to(tensor.dtype)  # v = e_l(t_k) + Δ[k, l]
 
 
 def attach(network: torch.nn.Module, offsets: Offsets, space: str) -> list:
     """Put a hook on every site of the table; returns handles for `detach`. MTEOError, before any hook is set, where a path is
-    not in the network or has another width. With `offsets.row` None a hook returns None: PyTorch then keeps what was there."""
+    not in the network or has another width. With nothing selected a hook returns None: PyTorch then keeps what was there."""
     if space not in SPACES:
         raise MTEOError(f'The space "{space}" is not known: choose one of {", ".join(SPACES)}.')
     modules = dict(network.named_modules())
@@ -45,10 +54,10 @@ def attach(network: torch.nn.Module, offsets: Offsets, space: str) -> list:
             raise MTEOError(f"Layer {path} takes offsets of {width} numbers, the table has the shape {tuple(rows.shape)}: it is for another model.")
 
     def before(path):
-        return lambda module, arguments: None if offsets.row is None else (offsets.add(path, arguments[0]), *arguments[1:])
+        return lambda module, arguments: None if offsets.current is None else (offsets.add(path, arguments[0]), *arguments[1:])
 
     def after(path):
-        return lambda module, arguments, output: None if offsets.row is None else offsets.add(path, output)
+        return lambda module, arguments, output: None if offsets.current is None else offsets.add(path, output)
 
     if space == "embedding":
         return [modules[path].register_forward_pre_hook(before(path)) for path in offsets.table]

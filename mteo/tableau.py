@@ -121,6 +121,8 @@ def execute(tableau: Tableau, denoise, x: torch.Tensor) -> torch.Tensor:
 
 def combine(row: torch.Tensor, terms: list[torch.Tensor]) -> torch.Tensor:
     """Σ_i row_i · terms_i over the terms that are there (x_T first); a weight of 0 leaves its term unread."""
+    if row.requires_grad:  # coefficients that are being learned
+        return sum(weight.to(term.dtype) * term for weight, term in zip(row, terms, strict=False))
     weights = row.tolist()
     total = None
     for weight, term in zip(weights, terms, strict=False):
@@ -134,23 +136,3 @@ def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
     if matrix.shape != tableau.matrix.shape:
         raise MTEOError(f"The solver's table is {tuple(tableau.matrix.shape)}, the new one {tuple(matrix.shape)}: correct the same solver.")
     return replace(tableau, matrix=matrix.double())
-
-
-def solve_last_row(terms: list[torch.Tensor], target: torch.Tensor, prior: torch.Tensor | None = None, weight: float = 1e-6) -> torch.Tensor:
-    """argmin_r |Σ_i r_i·terms_i − target|² [N+1], float64 least squares (in float32 it is far off, traps 23).
-
-    terms = [x_T, D_0, …, D_{N-1}], each [B, ...] like target. With `prior` [N+1] (the solver's own row) a ridge of
-    weight·(mean square of the columns) pulls towards it. MTEOError where shapes differ or values are not finite.
-    """
-    if any(term.shape != target.shape for term in terms):
-        raise MTEOError("The last row cannot be solved: the terms and the target differ in shape.")
-    columns = torch.stack([term.detach().flatten().double().cpu() for term in terms], 1)
-    right = target.detach().flatten().double().cpu()
-    if not (torch.isfinite(columns).all() and torch.isfinite(right).all()):
-        raise MTEOError("The last row cannot be solved: the network's answers are not finite.")
-    if prior is not None:  # the ridge as more equations: √λ·(r − prior) = 0
-        prior = prior.detach().double().cpu()
-        root = (weight * columns.square().sum(0).mean()).sqrt()
-        columns = torch.cat([columns, root * torch.eye(len(terms), dtype=torch.float64)])
-        right = torch.cat([right, root * prior])
-    return torch.linalg.lstsq(columns, right[:, None], driver="gelsd").solution[:, 0]

@@ -30,6 +30,11 @@ class Trajectories:
         return Trajectories(*(getattr(self, name)[index] for name in FIELDS))
 
 
+    def to(self, device) -> "Trajectories":
+        """Tensors of pictures on the device; which prompt and cfg stay where the host reads them."""
+        return Trajectories(self.start.to(device), self.states.to(device), self.end.to(device), self.item, self.guidance)
+
+
 FIELDS = ("start", "states", "end", "item", "guidance")
 
 
@@ -70,3 +75,8 @@ def load_trajectories(path: Path, note: str) -> Trajectories | None:
         if (file.metadata() or {}).get("mteo.store") != note:
             return None
         return Trajectories(*(file.get_tensor(name) for name in FIELDS))
+
+
+def join(parts: list[Trajectories]) -> Trajectories:
+    """One after the other."""
+    return Trajectories(*(torch.cat([getattr(part, name) for part in parts]) for name in FIELDS))

@@ -182,7 +182,7 @@ def test_every_site_of_the_reference_model_is_alive(comfy_objects):
         assert len(sites) >= 10
         for site in sites:
             offsets = Offsets({site.path: torch.full((1, site.width), 0.5)})
-            offsets.row = 0
+            offsets.select(torch.ones(1, 1))
             handles = attach(network, offsets, "embedding")
             assert (network(x, t, context=context) - plain).abs().max() > 1e-3, site.path
             detach(handles)

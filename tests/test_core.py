@@ -93,11 +93,12 @@ def test_zero_offsets_change_no_bit_and_others_do(space, dtype):
     table = {site.path: torch.zeros(3, site.width) for site in find_sites(network, space)}
     offsets = Offsets(table)
     handles = attach(network, offsets, space)
-    offsets.row = 1
+    offsets.select(torch.tensor([[0.0, 1.0, 0.0]]))
     assert torch.equal(network(emb), plain)
     for rows in table.values():
         rows[1] = 0.5
-    offsets.row = torch.tensor([1, -1, 1, -1])
+    offsets._joined = None
+    offsets.select(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]] * 2))
     moved = network(emb)
     assert moved.dtype == dtype and not torch.equal(moved[0], plain[0])
     assert torch.equal(moved[1], plain[1]) and torch.equal(moved[3], plain[3])
@@ -110,7 +111,7 @@ def test_offsets_get_a_gradient_and_weights_none():
     table = {site.path: torch.zeros(3, site.width, requires_grad=True) for site in find_sites(network, "embedding")}
     offsets = Offsets(table)
     attach(network, offsets, "embedding")
-    offsets.row = 2
+    offsets.select(torch.tensor([[0.0, 0.0, 1.0]]))
     network(torch.randn(4, 6)).pow(2).sum().backward()
     assert all(rows.grad[2].abs().sum() > 0 and rows.grad[:2].abs().sum() == 0 for rows in table.values())
 

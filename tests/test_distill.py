@@ -1,44 +1,113 @@
 """Distillation inside ComfyUI's sampling, on the reference model."""
+import json
+
 import pytest
 import torch
 
+from mteo.recipe import Recipe
+
+RECIPE = Recipe(iterations=8, batch=8, validate_every=4, pictures=32, held_out=32, teacher_steps=8, guidance=(1.0, 4.0))
+
+
+class Stop(Exception):
+    pass
+
 
 @pytest.fixture(scope="module")
-def distilled(comfyui_root):
+def parts(comfyui_root):
     with torch.inference_mode():
         import nodes
-
-        from mteo.comfyui.training import distill_model
-        from mteo.distill import Settings
         from reference.objects import make_clip, make_model
 
         clip, model = make_clip(), make_model()
         encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
-        weights = {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
-        lines = []
-        embeddings = distill_model(
-            model, [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8), 3, "euler", "sgm_uniform",
-            Settings(end_to_end=8, batch=8, validate_every=4), pictures=32, held_out=32, teacher_steps=8, progress=lambda state, line: lines.append(line),
-        )
-        return model, weights, embeddings, lines
+        return model, [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def distilled(parts, tmp_path_factory):
+    from mteo.comfyui.training import distill_model
+
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    model = parts[0]
+    weights = {name: value.clone() for name, value in model.model.diffusion_model.state_dict().items()}
+    with torch.inference_mode():
+        return folder, weights, distill_model(*parts, RECIPE, folder)
 
 
 def test_a_short_distillation_lowers_the_held_out_error(distilled):
-    *_, lines = distilled
-    assert lines[-1]["iteration"] == 8 and lines[-1]["best"] < 0.8 * lines[0]["held_out"]
+    log = distilled[2].log
+    assert log[-1]["iteration"] == 8 and log[-1]["best"] < 0.85 * log[0]["held_out"]
 
 
-def test_the_users_model_is_as_it_was(distilled):
-    model, weights, *_ = distilled
-    network = model.model.diffusion_model
-    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+def test_the_previews_show_that_it_is_nearer_to_the_teacher(distilled):
+    teacher, plain, mteo = (distilled[2].previews[name] for name in ("teacher", "plain", "mteo"))
+    assert teacher.shape == (2, 32, 8, 8)
+    assert (mteo - teacher).square().mean() < (plain - teacher).square().mean()
+
+
+def test_the_users_model_is_as_it_was(distilled, parts):
+    network = parts[0].model.diffusion_model
+    assert all(torch.equal(value, distilled[1][name]) for name, value in network.state_dict().items())
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
-def test_the_file_is_small_and_comes_back(distilled, tmp_path):
-    from mteo.embeddings import load_embeddings, save_embeddings
+def test_killed_and_resumed_gives_the_same_bytes(distilled, parts, tmp_path):
+    from mteo.comfyui.training import distill_model
 
-    path = tmp_path / "table.safetensors"
-    save_embeddings(distilled[2], path)
-    assert path.stat().st_size <= 200_000
-    assert load_embeddings(path).tables[3].corrected
+    def stop_at(stage_wanted, done_wanted):
+        def progress(stage, done, total, **facts):
+            if stage == stage_wanted and done >= done_wanted:
+                raise Stop
+
+        return progress
+
+    folder = tmp_path / "resumed"
+    with torch.inference_mode():
+        for moment in (("teacher, held out", 0), ("training", 6)):
+            with pytest.raises(Stop):
+                distill_model(*parts, RECIPE, folder, progress=stop_at(*moment))
+        assert not (folder / "table.safetensors").exists() and (folder / "state.pt").exists()
+        distill_model(*parts, RECIPE, folder)
+    assert (folder / "table.safetensors").read_bytes() == (distilled[0] / "table.safetensors").read_bytes()
+
+
+def test_a_folder_of_another_run_is_refused(distilled, parts):
+    from mteo.comfyui.training import distill_model
+    from mteo.errors import MTEOError
+
+    with torch.inference_mode(), pytest.raises(MTEOError, match="belongs to a run with another recipe"):
+        distill_model(*parts, Recipe(seed=1), distilled[0])
+
+
+def test_the_file_is_small_and_says_how_it_was_made(distilled):
+    from safetensors import safe_open
+
+    from mteo.embeddings import load_embeddings
+
+    path = distilled[0] / "table.safetensors"
+    assert path.stat().st_size <= 200_000 and load_embeddings(path).tables[3].corrected
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["mteo.tables"])
+    assert about["3"]["record"]["recipe"]["guidance"] == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("wrong", [dict(steps=1), dict(rows="most"), dict(guidance=()), dict(rate="fast")])
+def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
+    from mteo.errors import MTEOError
+
+    with pytest.raises(MTEOError, match=f"^{next(iter(wrong))} is "):
+        Recipe(**wrong)
+    with pytest.raises(MTEOError, match="no setting 'stepps'"):
+        Recipe.of({"stepps": 3})
+
+
+def test_a_searched_grid_with_all_rows_trains_too(parts):
+    from mteo.comfyui.training import distill_model
+
+    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6)
+    with torch.inference_mode():
+        table = distill_model(*parts, recipe).embeddings.tables[3]
+    assert table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
+    assert not torch.equal(table.tableau.matrix[-2], table.base.matrix[-2])
+    assert table.tableau.matrix[1, 2:].abs().max() == 0, "a call must not read what comes after it"

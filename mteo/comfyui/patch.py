@@ -1,83 +1,160 @@
 """Put a table on a MODEL and take it off again, through ComfyUI's own patcher.
 
-Per model instance the hooks read one small state; a wrapper around `apply_model` finds the row of each batch row by its σ.
+Per model instance the hooks read one small state; a wrapper around `apply_model` sets it from the σ of each batch row.
 Handles are kept by patcher: clones share the model, and a clone that dies ejects, so handles kept by model would be taken off
-a model that is being sampled.
+a model that is being sampled [1].
 """
+import logging
+
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
+from ..fingerprint import difference, fingerprint, verdict
 from ..injection import Offsets, attach, detach
+from ..tableau import Tableau, with_matrix
+from .solver import read_tableau, sampler_name
 
 KEY = "mteo"
 SAME_SIGMA = 1e-4  # relative distance under which two σ are one: samplers differ by float32 rounding
+SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
+POLICIES = ("error", "interpolate", "nearest", "off")
 
 
 class Patch:
     """One table on one MODEL: owns the offsets on the device and the hook handles, one set per patcher."""
 
-    def __init__(self, table: Table, space: str, strength: float):
-        self.table, self.space, self.strength = table, space, strength
+    def __init__(self, table: Table, space: str, strength: float = 1.0, off_grid: str = "error"):
+        if off_grid not in POLICIES:
+            raise MTEOError(f'off_grid is "{off_grid}": choose one of {", ".join(POLICIES)}.')
+        self.table, self.space, self.off_grid = table, space, off_grid
         self.offsets = Offsets({path: rows.detach().clone() for path, rows in table.offsets.items()})
         self.offsets.scale = strength
+        self.tableau = scaled_tableau(table, strength)
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.handles: dict[int, list] = {}
 
     def inject(self, patcher) -> None:
         if id(patcher) not in self.handles:
+            forget_compiled(patcher)
             self.handles[id(patcher)] = attach(patcher.model.diffusion_model, self.offsets, self.space)
 
     def eject(self, patcher) -> None:
         detach(self.handles.pop(id(patcher), []))
 
-    def find_rows(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Row of the table for each σ [B]; −1 where the table has none."""
-        rows = self.row_sigmas.to(sigma.device)
-        distance = (sigma.float()[:, None] / rows[None] - 1).abs()
-        nearest = distance.min(dim=1)
-        return torch.where(nearest.values < SAME_SIGMA, nearest.indices, -1)
+    def weights(self, sigma: torch.Tensor) -> torch.Tensor:
+        """[B, R]: how much of each row each σ [B] gets; all 0 where the table has none. On the device of σ, without a wait."""
+        if self.row_sigmas.device != sigma.device:
+            self.row_sigmas = self.row_sigmas.to(sigma.device)
+        rows, sigma = self.row_sigmas, sigma.float().clamp_min(1e-10)
+        distance = (sigma[:, None] / rows[None]).log().abs()
+        nearest, index = distance.min(1)
+        one = torch.nn.functional.one_hot(index, len(rows)).float()
+        if self.off_grid == "nearest":
+            return one
+        on_grid = (nearest < SAME_SIGMA)[:, None]
+        if self.off_grid == "interpolate":
+            return torch.where(on_grid, one, between(rows, sigma))
+        return one * on_grid
 
     def apply_model(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: t is σ [B] of each batch row."""
-        self.offsets.row = self.find_rows(t)
+        self.offsets.select(self.weights(t))
         try:
             return executor(x, t, *args, **kwargs)
         finally:
-            self.offsets.row = None
+            self.offsets.select(None)
 
     def check_sampling(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: before any evaluation, the schedule and the sampler must be the table's."""
-        require_schedule(self.table, sigmas)
+        """OUTER_SAMPLE wrapper: before any evaluation, the schedule and the sampler must be the table's [3]."""
+        if self.off_grid == "error":
+            sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
+            require_schedule(self.table, sigmas)
+            require_timesteps(self.table, sampling)
+            require_solver(self.tableau, self.table.solver, sampler, sigmas, sampling)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
+def between(rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """[B, R] weights of the two rows around each σ, linear in log σ; beyond the ends the end row alone."""
+    order = rows.argsort()
+    grid, at = rows[order].log().contiguous(), sigma.log()
+    high = torch.searchsorted(grid, at).clamp(1, max(1, len(rows) - 1)).clamp_max(len(rows) - 1)
+    low = (high - 1).clamp_min(0)
+    share = ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)[:, None]
+    one = lambda index: torch.nn.functional.one_hot(order[index], len(rows)).float()
+    return (1 - share) * one(low) + share * one(high)
+
+
+def forget_compiled(patcher) -> None:
+    """torch.compile does not guard on hooks that are added later: a model that was compiled plain must be compiled again [2]."""
+    if "torch_compile_kwargs" in getattr(patcher, "model_options", {}):
+        torch._dynamo.reset()
+
+
+def scaled_tableau(table: Table, strength: float) -> Tableau:
+    """The solver with `strength` of its learned correction: 0 = the named solver, 1 = as trained."""
+    if table.base is None:
+        return table.tableau
+    return with_matrix(table.tableau, table.base.matrix + strength * (table.tableau.matrix - table.base.matrix))
+
+
+def close(asked: list[float], own: list[float]) -> bool:
+    return len(asked) == len(own) and all(abs(a - b) <= SAME_SIGMA * max(b, 1e-3) for a, b in zip(asked, own, strict=True))
+
+
 def require_schedule(table: Table, sigmas: torch.Tensor) -> None:
-    """MTEOError unless `sigmas` is the table's whole schedule; a later start is another solver and needs rows of its own."""
+    """MTEOError unless `sigmas` is the table's schedule from its start on (it may stop early); a later start is another solver
+    and needs rows of its own [4]."""
     asked, own = [float(s) for s in sigmas], table.sigmas
-    same = len(asked) == len(own) and all(abs(a - b) <= SAME_SIGMA * max(b, 1e-3) for a, b in zip(asked, own, strict=True))
-    if same:
+    if len(asked) >= 2 and close(asked, own[: len(asked)]):
         return
     show = lambda values: "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
-    starts = [i for i in range(1, len(own)) if len(asked) == len(own) - i and all(abs(a - b) <= SAME_SIGMA * max(b, 1e-3) for a, b in zip(asked, own[i:], strict=True))]
+    starts = [i for i in range(1, len(own) - 1) if len(asked) >= 2 and close(asked, own[i : i + len(asked)])]
     if starts:
-        raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample all {table.steps} steps, or use the plain model for a partial denoise.")
+        raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample from step 0, or use the plain model for a partial denoise.")
     raise MTEOError(f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler.")
 
 
-def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0):
-    """A clone of MODEL that reads the table for `steps` (0 = the file's smallest); strength 0 gives the clone unpatched.
+def require_timesteps(table: Table, sampling) -> None:
+    """MTEOError where the model reads other times at the table's σ: zero-SNR, EDM or another multiplier; a shift changes nothing [16]."""
+    for sigma, trained in zip(table.tableau.row_sigmas.tolist(), table.timesteps, strict=True):
+        now = float(sampling.timestep(torch.tensor(sigma)))
+        if abs(now - trained) > 1e-3 * max(abs(trained), 1e-3):
+            raise MTEOError(f"The model reads sigma {sigma:.4g} as time {now:.4g}, this table was trained with {trained:.4g}: remove the node that changes the model's sampling.")
 
-    A table that was applied before is replaced: the last one wins. Raises MTEOError where the file lacks `steps` or a site
-    is missing from the model or has another width.
+
+def require_solver(tableau: Tableau, name: str, sampler, sigmas: torch.Tensor, sampling) -> None:
+    """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's."""
+    own = sampler_name(sampler)
+    wrong = MTEOError(f"The sampler {own} is not the one this table was trained for, {name}: connect the SAMPLER output of Apply MTEO to the sampler node.")
+    try:
+        asked = read_tableau(sampler, sigmas, sampling, own)
+    except MTEOError as error:
+        raise wrong from error
+    size = asked.matrix.shape[0]
+    trained = tableau.matrix[:size, :size]
+    if trained.shape != asked.matrix.shape or not (asked.matrix - trained).abs().max() <= SAME_SOLVER * trained.abs().max():
+        raise wrong
+
+
+def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
+    """(A clone of MODEL that reads the table for `steps`, the table); steps 0 = the file's smallest.
+
+    strength scales offsets and solver corrections: 0 gives the clone unpatched, 1 as trained. A table that was applied before is
+    replaced: the last one wins [10]. Raises MTEOError where the file lacks `steps`, a site is missing from the model or has another
+    width, or the model is not the one (or a sibling of the one) that the table was made for.
     """
     table = choose_table(embeddings, steps)
+    patch = Patch(table, embeddings.space, strength, off_grid)
+    require_sites(model.model.diffusion_model, table, embeddings.space)
+    require_model(model, embeddings)
+    if KEY in model.attachments:
+        logging.info("MTEO: this model had a table already, the new one takes its place")
     patched = remove_embeddings(model.clone())
     if strength == 0:
         return patched, table
-    require_sites(model.model.diffusion_model, table, embeddings.space)
-    patch = Patch(table, embeddings.space, strength)
     patched.set_attachments(KEY, patch)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, patch.apply_model)
     patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, patch.check_sampling)
@@ -112,3 +189,26 @@ def require_sites(network: torch.nn.Module, table: Table, space: str) -> None:
             raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.")
         if width != rows.shape[1]:
             raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[1]}. Load the table that was distilled for this model.")
+
+
+def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:
+    """`fingerprint` of a MODEL's unpatched weights, also while a LoRA is merged into them."""
+    modules = dict(model.model.diffusion_model.named_modules())
+
+    def weight_of(path):
+        backup = model.backup.get(f"diffusion_model.{path}.weight")
+        return modules[path].weight if backup is None else backup.weight
+
+    return fingerprint(paths, weight_of)
+
+
+def require_model(model, embeddings: Embeddings) -> None:
+    """MTEOError where the table was made for another model; a warning where for a sibling (fine-tune) of this one."""
+    trained = embeddings.model.get("fingerprint")
+    if not trained:
+        return
+    relative = difference(model_fingerprint(model, list(trained)), trained)
+    if verdict(relative) == "other":
+        raise MTEOError(f"This table was distilled for another model (its weights differ by {100 * relative:.0f} %): load the table of this model, or distil one.")
+    if verdict(relative) == "sibling":
+        logging.warning(f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %); it helps, but less than its own would.")

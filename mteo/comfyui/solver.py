@@ -1,9 +1,11 @@
 """ComfyUI's samplers read as tables of coefficients, and a ComfyUI sampler that executes such a table."""
 import comfy.samplers
 import torch
+from tqdm.auto import trange
 
+from ..embeddings import Table
 from ..errors import MTEOError
-from ..tableau import Tableau, execute, probe
+from ..tableau import Tableau, combine, probe
 
 
 class _ProbeModel:
@@ -51,18 +53,26 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
 
 
 def tableau_sampler(tableau: Tableau) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the stored table: for solvers whose coefficients were corrected."""
+    """A SAMPLER that runs the stored table: for solvers whose coefficients were corrected. It stops where `sigmas` stops."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        ones, calls = x.new_ones(len(x)), len(tableau.sigmas)
+        last, ones = float(sigmas[-1]), x.new_ones(len(x))
+        calls = next((call for call, sigma in enumerate(tableau.sigmas.tolist()) if sigma <= last * (1 + 1e-4)), len(tableau.sigmas))
+        terms, matrix = [x], tableau.matrix
 
-        def denoise(x_call, call, sigma):
-            denoised = model(x_call, sigma * ones, **(extra_args or {}))
+        for call in trange(calls, disable=disable):
+            sigma = tableau.sigmas[call].to(x)
+            x = combine(matrix[call], terms)
+            terms.append(model(x, sigma * ones, **(extra_args or {})))
             if callback is not None:
-                callback({"x": x_call, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised, "steps": calls})
-            return denoised
-
-        with torch.no_grad():
-            return execute(tableau, denoise, x)
+                callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": terms[-1], "steps": calls})
+        return combine(matrix[calls], terms)
 
     return comfy.samplers.KSAMPLER(sample_mteo)
+
+
+def table_sampler(table: Table, tableau: Tableau) -> comfy.samplers.KSAMPLER:
+    """The SAMPLER of a table: the named one where nothing was corrected, else one that executes `tableau`."""
+    if table.corrected or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
+        return tableau_sampler(tableau)
+    return comfy.samplers.sampler_object(table.solver)

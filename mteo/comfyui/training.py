@@ -1,152 +1,211 @@
-"""Distillation inside ComfyUI's own sampling: conditioning, ControlNet, LoRA and wrappers act as they do in a sampling.
+"""Distil a table for a MODEL: teacher trajectories, the student's grid and rows, the offsets; resumable in a run folder.
 
-A `Sampler` whose `sample` is the training: the guider loads the model and prepares the conditions, then hands over a
-`model_wrap(x, σ)` that gives a differentiable denoised.
+The node and the headless trainer both call `distill_model`.
 """
-from contextlib import contextmanager
+import json
+from dataclasses import dataclass
+from pathlib import Path
 
-import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 
-from ..distill import Settings, distill
-from ..embeddings import Embeddings, Table
+from ..distill import State, distill, load_state, save_state
+from ..embeddings import Embeddings, Table, load_embeddings, save_embeddings
 from ..errors import MTEOError
-from ..schedule import refined
+from ..gridsearch import search_grid
+from ..recipe import FREE, Recipe
+from ..schedule import karras, refined
 from ..sites import find_sites
-from ..teacher import Trajectories, follow
-from .patch import apply_embeddings
-from .solver import read_tableau
+from ..tableau import Tableau, euler_tableau, execute
+from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
+from .conditions import content_hash
+from .patch import KEY, apply_embeddings, model_fingerprint
+from .session import Session, private_copy, run_session, training_mode
+from .solver import read_tableau, sampler_name
+
+CHUNK = 32  # trajectories that are followed and stored together
+SHOWN = 4  # pictures of a preview
+TRAIN, VALIDATION, SEARCH = 1, 2, 3  # which noise: independent streams of one seed
 
 
-class _Training(comfy.samplers.Sampler):
-    """Runs `work(denoise, start_of)` where a sampler would run, and keeps its result."""
+@dataclass
+class Distilled:
+    """embeddings; log: lines of the training; previews: latents [SHOWN, …] of one noise by "teacher", "plain", "mteo" (as LATENT)."""
 
-    def __init__(self, work):
-        self.work, self.result = work, None
-
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-        self.result = self.work(model_wrap, sigmas, extra_args, latent_image)
-        return latent_image
+    embeddings: Embeddings
+    log: list[dict]
+    previews: dict[str, torch.Tensor]
 
 
-def private_copy(model):
-    """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared."""
-    try:
-        copy = model.clone(disable_dynamic=True, force_deepcopy=True)
-    except (TypeError, RuntimeError) as error:
-        raise MTEOError("This model cannot be copied for training: load it with a stock loader of ComfyUI.") from error
-    copy.model.requires_grad_(False)
-    return copy
+def no_progress(stage: str, done: int, total: int, **facts) -> None:
+    """What `progress` is: called at every chunk and step; may raise to cancel. A validation brings facts: iteration, loss, held_out, best."""
 
 
-@contextmanager
-def training_mode():
-    """Gradients on, fused kernels without a backward off; as before afterwards."""
-    management, before = comfy.model_management, getattr(comfy.model_management, "in_training", False)
-    management.in_training = True
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        management.in_training = before
+def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, folder: Path | None = None, sampler=None, progress=no_progress) -> Distilled:
+    """Embeddings for `recipe.steps` steps, from the model's own trajectories. The model is not changed.
 
-
-def plain_attention(function, *args, **kwargs):
-    """Attention with a backward pass, whatever kernel the user chose for sampling."""
-    return attention_pytorch(*args, **kwargs)
-
-
-def normal(value):
-    """Conditioning made under inference mode, as normal tensors."""
-    if torch.is_tensor(value):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: normal(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(normal(item) for item in value)
-    return value
-
-
-def distill_model(model, positives: list, negative, latent: torch.Tensor, steps: int, solver: str, scheduler: str, settings: Settings,
-                  guidance: tuple[float, ...] = (1.0,), teacher_steps: int = 24, pictures: int = 256, held_out: int = 64, space: str = "embedding", progress=None) -> Embeddings:
-    """Embeddings for `steps` steps of `solver` on the named grid, from the model's own trajectories.
-
-    positives: a list of conditionings, one a prompt; negative: one; latent [1, C, H, W] gives the size. guidance: the cfg values
-    that the table serves, drawn in turn. pictures / held_out: trajectories to train on and to choose by.
+    positives: a list of conditionings, one a prompt; negative: one; latent [1, C, H, W] gives the size. sampler: a SAMPLER in place
+    of recipe.solver. folder: what was computed is kept there; the same call goes on where it was stopped and gives the same bytes.
+    MTEOError where the folder belongs to another run, or the model, sampler or recipe cannot be distilled.
     """
     with training_mode():
+        sites = find_sites(model.model.diffusion_model, recipe.space)
+        about = dict(family="unet", sampling=type(model.get_model_object("model_sampling")).__name__, guidance=list(recipe.guidance),
+                     fingerprint=model_fingerprint(model, [site.path for site in sites]))
+        name = recipe.solver if sampler is None else sampler_name(sampler)
+        run = dict(recipe=recipe.facts(), solver=name, conditions=content_hash([positives, negative]), latent=list(latent.shape), model=about)
+        store = RunFolder(folder, run)
         private = private_copy(model)
         sampling = private.get_model_object("model_sampling")
-        sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).clone()
-        tableau = read_tableau(comfy.samplers.sampler_object(solver), sigmas, sampling, solver)
-        offsets = {site.path: torch.zeros(len(tableau.row_sigmas), site.width) for site in find_sites(private.model.diffusion_model, space)}
-        timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-        table = Table(steps, sigmas.tolist(), timesteps, solver, tableau, offsets)
-        patched, _ = apply_embeddings(private, Embeddings({steps: table}, space))
-        patch = patched.get_attachment("mteo")
-        fine = refined(sigmas, teacher_steps, float(sampling.sigma_min))
-        teacher = read_tableau(comfy.samplers.sampler_object("dpmpp_2m"), fine, sampling, "dpmpp_2m")
-        patched.remove_wrappers_with_key("outer_sample", "mteo")  # the schedule of training is the teacher's and the student's
-        patched.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = plain_attention
-        guider = comfy.samplers.CFGGuider(patched)
-        positives, negative, latent = normal(positives), normal(negative), latent.clone()
-
-        def work(model_wrap, sigmas_on_device, extra_args, latent_image):
-            return _work(model_wrap, extra_args, latent_image, guider, patch, table, teacher, settings, guidance, pictures, held_out, len(positives), progress)
-
-        # All prompts become conditions of one guider; a batch uses one of them and the negative.
-        guider.set_conds(positives[0], negative)
-        guider.set_cfg(guidance[0])
-        guider.original_conds = {**{f"prompt{i}": guider.original_conds["positive"] if i == 0 else convert(p) for i, p in enumerate(positives)},
-                                 "positive": guider.original_conds["positive"], "negative": guider.original_conds["negative"]}
-        training = _Training(work)
-        guider.sample(torch.zeros_like(latent), latent, training, sigmas, disable_pbar=True, seed=settings.seed)
-        best, solved, record = training.result
-    table.offsets, table.tableau, table.corrected, table.record = best, solved, settings.solve_last_row, record
-    return Embeddings({steps: table}, space, {"family": "unet", "sampling": type(sampling).__name__, "guidance": list(guidance)})
+        embeddings = store.finished()
+        if embeddings is None:
+            grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps)
+            table = run_session(private, positives, negative, latent, lambda session: choose_solver(session, recipe, grid, sampler, name, len(positives), progress))
+            table.offsets = {site.path: torch.zeros(len(table.tableau.row_sigmas), site.width) for site in sites}
+            embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
+            patched, patch = with_table(private, embeddings)
+            run_session(patched, positives, negative, latent, lambda session: train(session, patch, table, recipe, len(positives), store, progress))
+            store.finish(embeddings)
+        patched, patch = with_table(private, embeddings)
+        previews = run_session(patched, positives, negative, latent, lambda session: preview(session, patch, embeddings.tables[recipe.steps], recipe, len(positives)))
+    return Distilled(embeddings, embeddings.tables[recipe.steps].record["log"], previews)
 
 
-def convert(conditioning):
-    return comfy.samplers.sampler_helpers.convert_cond(conditioning) if hasattr(comfy.samplers, "sampler_helpers") else comfy.sampler_helpers.convert_cond(conditioning)
+def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:
+    """[steps + 1] σ of a ComfyUI scheduler; MTEOError for an unknown name or a grid that does not start at the model's sigma_max."""
+    if scheduler not in comfy.samplers.SCHEDULER_NAMES:
+        raise MTEOError(f"The grid {scheduler} is not known: choose {FREE} or one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}.")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).clone().float()
+    if len(sigmas) != steps + 1 or abs(float(sigmas[0] / sampling.sigma_max) - 1) > 1e-5:
+        raise MTEOError(f"The grid {scheduler} gives {len(sigmas) - 1} steps from sigma {float(sigmas[0]):.4g} for this model: choose another grid, such as sgm_uniform.")
+    return sigmas
 
 
-def _work(model_wrap, extra_args, latent_image, guider, patch, table, teacher, settings, guidance, pictures, held_out, prompts, progress):
-    device = latent_image.device
-    sampling = model_wrap.inner_model.model_sampling
+def with_table(private, embeddings: Embeddings):
+    """(the private MODEL with the table on it and no check of schedule or sampler, its Patch)."""
+    patched, table = apply_embeddings(private, embeddings, off_grid="off")
+    return patched, patched.get_attachment(KEY)
 
-    def denoise(x, sigma, item, cfg):
-        guider.conds["positive"], guider.cfg = guider.conds[f"prompt{item}"], cfg
-        return model_wrap(x, sigma * x.new_ones(len(x)), **extra_args)
 
-    def gather(count, seed, batch=16):
-        generator, parts = torch.Generator().manual_seed(seed), []
-        for begin in range(0, count, batch):
-            size, turn = min(batch, count - begin), begin // batch
-            noise = torch.randn((size, *latent_image.shape[1:]), generator=generator).to(device)
-            start = sampling.noise_scaling(teacher.sigmas[0].float().to(device), noise, latent_image.expand_as(noise), True)
-            item, cfg = turn % prompts, guidance[turn % len(guidance)]
-            scale, patch.offsets.scale = patch.offsets.scale, 0.0
-            states, end = follow(teacher, lambda x, call, sigma: denoise(x, sigma, item, cfg), start, table.sigmas)
-            patch.offsets.scale = scale
-            parts.append(Trajectories(start, states, end, torch.full((size,), item), torch.full((size,), float(cfg))))
-        return Trajectories(*(torch.cat([getattr(part, name) for part in parts]) for name in ("start", "states", "end", "item", "guidance")))
+def choose_solver(session: Session, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
+    """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
+    if isinstance(grid, str):
+        pairs = gather(session, teacher_tableau(session, karras_of(session, recipe.teacher_steps)), None, recipe, SEARCH, min(64, recipe.pictures), prompts, None, progress)
+        denoise = lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
+        with torch.no_grad():
+            grid = search_grid(denoise, pairs, recipe.steps, float(session.sampling.sigma_max), progress)
+    if recipe.solver == "euler" and sampler is None:
+        tableau = euler_tableau(grid)
+    else:
+        tableau = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
+    timesteps = [float(session.sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
+    return Table(recipe.steps, grid.tolist(), timesteps, name, tableau, {}, solver_options=dict(getattr(sampler, "extra_options", {})))
 
-    train, validation = gather(pictures, settings.seed * 2 + 1), gather(held_out, settings.seed * 2 + 2)
 
-    def student(x, call, sigma, batch):
-        """Batch rows of one prompt and one cfg go together."""
-        out = torch.empty_like(x)
-        pieces = []
-        keys = sorted(set(zip(batch.item.tolist(), batch.guidance.tolist(), strict=True)))
-        order = []
-        for item, cfg in keys:
-            own = ((batch.item == item) & (batch.guidance == cfg)).nonzero().flatten()
-            pieces.append(denoise(x[own.to(x.device)], sigma, item, cfg))
-            order.append(own)
-        return torch.cat(pieces)[torch.cat(order).argsort().to(out.device)]
+def karras_of(session: Session, steps: int) -> torch.Tensor:
+    return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
 
-    best, solved, state = distill(student, patch.offsets.table, table.tableau, train, validation, settings, progress=progress)
-    return best, solved, dict(log=state.log, pictures=pictures, teacher_steps=len(teacher.sigmas))
+
+def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
+    """DPM++ 2M, as ComfyUI has it, on a fine grid."""
+    return read_tableau(comfy.samplers.sampler_object("dpmpp_2m"), sigmas, session.sampling, "dpmpp_2m")
+
+
+def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, stream: int, count: int, prompts: int, store, progress) -> Trajectories:
+    """`count` teacher trajectories of the noise stream; prompts in turn, cfg values in turn. Chunks that the store has are read."""
+    parts, stage = [], {TRAIN: "teacher", VALIDATION: "teacher, held out", SEARCH: "teacher, for the grid"}[stream]
+    for chunk in range(-(-count // CHUNK)):
+        progress(stage, chunk * CHUNK, count)
+        size = min(CHUNK, count - chunk * CHUNK)
+        part = store.read_chunk(stream, chunk, size) if store else None
+        if part is None:
+            index = torch.arange(chunk * CHUNK, chunk * CHUNK + size)
+            item = (index // len(recipe.guidance) + 7919 * (stream - 1)) % prompts
+            guidance = torch.tensor(recipe.guidance, dtype=torch.float64)[index % len(recipe.guidance)]
+            start = session.start(session.noise(size, (recipe.seed * 4 + stream) * 100_003 + chunk), teacher.sigmas[0])
+            with torch.no_grad():
+                states, end = follow(teacher, lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g), start, [] if student_sigmas is None else student_sigmas)
+            part = Trajectories(start, states, end, item, guidance)
+            if store:
+                store.write_chunk(stream, chunk, part)
+        parts.append(part.to(session.device))
+    progress(stage, count, count)
+    return join(parts)
+
+
+def train(session: Session, patch, table: Table, recipe: Recipe, prompts: int, store: "RunFolder", progress) -> None:
+    """Fill `table` with what was learned."""
+    sigmas = torch.tensor(table.sigmas)
+    teacher = teacher_tableau(session, refined(sigmas, recipe.teacher_steps, float(session.sampling.sigma_min)))
+    pairs = gather(session, teacher, sigmas, recipe, TRAIN, recipe.pictures, prompts, store, progress)
+    held_out = gather(session, teacher, sigmas, recipe, VALIDATION, recipe.held_out, prompts, store, progress)
+    total = recipe.sequential + recipe.iterations
+    offsets = patch.offsets.table = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
+
+    def told(state: State, line: dict | None) -> None:
+        if line is not None:
+            store.write_state(state)
+        progress("training", state.iteration, total, **(line or {}))
+
+    best, tableau, state = distill(lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), offsets, table.tableau, pairs, held_out, recipe,
+                                   state=store.read_state(session.device), progress=told)
+    table.base = table.tableau if recipe.rows != "solver" else None
+    table.offsets, table.tableau = {path: rows.detach().cpu() for path, rows in best.items()}, tableau
+    table.record = dict(recipe=recipe.facts(), log=state.log, prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
+
+
+@torch.no_grad()
+def preview(session: Session, patch, table: Table, recipe: Recipe, prompts: int) -> dict[str, torch.Tensor]:
+    """Pictures of noise that training has not seen, at the largest cfg: teacher, the named solver on the same grid, the table."""
+    count = min(SHOWN, max(prompts, 2))
+    item, guidance = torch.arange(count) % prompts, torch.full((count,), max(recipe.guidance), dtype=torch.float64)
+    start = session.start(session.noise(count, recipe.seed + 77), torch.tensor(table.sigmas[0]))
+    denoise = lambda x, call, sigma: session.denoise(x, sigma, item, guidance)
+    out = lambda x: session._wrap.inner_model.process_latent_out(x.float()).cpu()
+    mteo = execute(table.tableau, denoise, start)
+    patch.offsets.scale = 0.0
+    plain = execute(table.base or table.tableau, denoise, start)
+    teacher = execute(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, start)
+    patch.offsets.scale = 1.0
+    return {"teacher": out(teacher), "plain": out(plain), "mteo": out(mteo)}
+
+
+class RunFolder:
+    """What a run leaves on disk: run.json, teacher/*.safetensors, state.pt, log.jsonl, table.safetensors. None = nowhere."""
+
+    def __init__(self, folder: Path | None, run: dict):
+        self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True)
+        if self.folder is None:
+            return
+        own = self.folder / "run.json"
+        if own.is_file() and own.read_text() != self.note:
+            raise MTEOError(f"The run folder {self.folder.name} belongs to a run with another recipe, model or prompts: choose another folder or delete it.")
+        (self.folder / "teacher").mkdir(parents=True, exist_ok=True)
+        if not own.is_file():
+            own.write_text(self.note)
+
+    def chunk(self, stream: int, number: int) -> Path:
+        return self.folder / "teacher" / f"{('train', 'held_out')[stream - 1]}-{number:05}.safetensors"
+
+    def read_chunk(self, stream: int, number: int, size: int) -> Trajectories | None:
+        part = load_trajectories(self.chunk(stream, number), self.note) if self.folder else None
+        return part if part is not None and len(part) == size else None
+
+    def write_chunk(self, stream: int, number: int, part: Trajectories) -> None:
+        if self.folder:
+            save_trajectories(part, self.chunk(stream, number), self.note)
+
+    def read_state(self, device) -> State | None:
+        return load_state(self.folder / "state.pt", device) if self.folder else None
+
+    def write_state(self, state: State) -> None:
+        if self.folder:
+            save_state(state, self.folder / "state.pt")
+            (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.log))
+
+    def finished(self) -> Embeddings | None:
+        return load_embeddings(self.folder / "table.safetensors") if self.folder and (self.folder / "table.safetensors").is_file() else None
+
+    def finish(self, embeddings: Embeddings) -> None:
+        if self.folder:
+            save_embeddings(embeddings, self.folder / "table.safetensors")

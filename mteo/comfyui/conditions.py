@@ -1,0 +1,57 @@
+"""Conditionings for training: as normal tensors, told apart by content, and stacked so that one batch mixes prompts."""
+import hashlib
+
+import torch
+
+
+def normal(value):
+    """Conditioning made under inference mode, as normal tensors."""
+    if torch.is_tensor(value):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: normal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(normal(item) for item in value)
+    return value
+
+
+def content_hash(value) -> str:
+    """sha256 over the numbers and words of a conditioning; objects of other kinds count by their type's name."""
+    digest = hashlib.sha256()
+
+    def feed(item):
+        if torch.is_tensor(item):
+            digest.update(str((item.dtype, tuple(item.shape))).encode())
+            digest.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(item, dict):
+            for key in sorted(item, key=str):
+                digest.update(str(key).encode())
+                feed(item[key])
+        elif isinstance(item, (list, tuple)):
+            digest.update(f"[{len(item)}".encode())
+            for part in item:
+                feed(part)
+        else:
+            digest.update((repr(item) if isinstance(item, (str, int, float, bool, type(None))) else type(item).__name__).encode())
+
+    feed(value)
+    return digest.hexdigest()
+
+
+# What an entry may hold beside its encoded `model_conds` and still be stacked: inputs of that encoding, nothing that acts by itself.
+ENCODED = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", "width", "height", "crop_w", "crop_h", "target_width", "target_height", "guidance"}
+
+
+def stackable(prompts: list[list[dict]]) -> bool:
+    """True where each prompt is one entry, without area, mask, ControlNet or hooks, whose encoded tensors are of equal shape [17]."""
+    if any(len(prompt) != 1 or not ENCODED.issuperset(prompt[0]) for prompt in prompts):
+        return False
+    shapes = [{key: getattr(getattr(cond, "cond", None), "shape", None) for key, cond in prompt[0]["model_conds"].items()} for prompt in prompts]
+    return None not in shapes[0].values() and all(shape == shapes[0] for shape in shapes)
+
+
+def stack(prompts: list[list[dict]], items: list[int]) -> list[dict]:
+    """One condition whose row b is that of prompt items[b]."""
+    own = prompts[items[0]][0]
+    joined = {key: type(cond)(torch.cat([prompts[item][0]["model_conds"][key].cond for item in items])) for key, cond in own["model_conds"].items()}
+    return [{**own, "model_conds": joined}]

@@ -1,0 +1,104 @@
+"""A model under ComfyUI's own guider, open for as many evaluations as one likes: training, its teacher and the benches run in here.
+
+A `Sampler` whose `sample` is the work: the guider loads the model and prepares the conditions, then hands over a `model_wrap(x, σ)`
+that gives a differentiable denoised; conditioning, ControlNet, LoRA and wrappers act as they do in a sampling.
+"""
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+
+from ..errors import MTEOError
+from .conditions import normal, stack, stackable
+
+
+class Session:
+    """What `work` gets: the device, the model's sampling, and `denoise`."""
+
+    def __init__(self, guider, model_wrap, extra_args, latent, prompts: int):
+        self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
+        self.latent, self.device = latent, latent.device
+        self.sampling = model_wrap.inner_model.model_sampling
+        self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
+        self._stackable = stackable(self._prompts)
+
+    def noise(self, count: int, seed: int) -> torch.Tensor:
+        """[count, …] in the model's latent space, made on the processor as ComfyUI makes it."""
+        return torch.randn((count, *self.latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """x_T as the sampler would get it at σ_0 [9]."""
+        return self.sampling.noise_scaling(sigma.float().to(self.device), noise, self.latent.expand_as(noise), True)
+
+    def denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one
+        prompt) are evaluated together."""
+        keys = list(zip(guidance.tolist(), [0] * len(item) if self._stackable else item.tolist(), strict=True))
+        pieces, order = [], []
+        for key in sorted(set(keys)):
+            own = torch.tensor([row for row, it in enumerate(keys) if it == key])
+            rows = own.to(x.device)
+            part, items = x[rows], item[own].tolist()
+            self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
+            self._guider.cfg = key[0]
+            pieces.append(self._wrap(part, sigma * part.new_ones(len(part)), **self._extra))
+            order.append(own)
+        return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
+
+
+class _Work(comfy.samplers.Sampler):
+    def __init__(self, open_session, work):
+        self.open_session, self.work, self.result = open_session, work, None
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        self.result = self.work(self.open_session(model_wrap, extra_args, latent_image))
+        return latent_image
+
+
+def private_copy(model):
+    """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]."""
+    if "bypass_lora" in getattr(model, "injections", {}):
+        raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
+    try:
+        copy = model.clone(disable_dynamic=True, force_deepcopy=True)
+    except (TypeError, RuntimeError) as error:
+        raise MTEOError("This model cannot be copied for training: load it with a stock loader of ComfyUI.") from error
+    copy.model.requires_grad_(False)
+    return copy
+
+
+@contextmanager
+def training_mode():
+    """Gradients on, fused kernels without a backward off; as before afterwards."""
+    management, before = comfy.model_management, getattr(comfy.model_management, "in_training", False)
+    management.in_training = True
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        management.in_training = before
+
+
+def plain_attention(function, *args, **kwargs):
+    """Attention with a backward pass, whatever kernel the user chose for sampling."""
+    return attention_pytorch(*args, **kwargs)
+
+
+def run_session(model, positives: list, negative, latent: torch.Tensor, work):
+    """work(session) under a CFGGuider on `model` (a private copy), one prompt for each conditioning of `positives`; its result."""
+    if not positives:
+        raise MTEOError("No prompt was given: connect at least one conditioning to positive.")
+    model.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = plain_attention
+    guider = comfy.samplers.CFGGuider(model)
+    positives, negative, latent = normal(positives), normal(negative), latent.clone()
+    guider.set_conds(positives[0], negative)
+    guider.set_cfg(1.0)
+    for i, positive in enumerate(positives):
+        guider.original_conds[f"prompt{i}"] = comfy.sampler_helpers.convert_cond(positive)
+    own = _Work(lambda wrap, extra, latent_image: Session(guider, wrap, extra, latent_image, len(positives)), work)
+    ends = torch.tensor([float(model.get_model_object("model_sampling").sigma_max), 0.0])
+    guider.sample(torch.zeros_like(latent), latent, own, ends, disable_pbar=True, seed=0)
+    return own.result

@@ -1,0 +1,62 @@
+"""All that decides what a distillation makes, apart from the model and its conditions: one frozen record, from TOML or a node."""
+from dataclasses import asdict, dataclass, fields
+
+from .errors import MTEOError
+from .sites import SPACES
+
+ROWS = ("solver", "last", "all")
+FREE = "free"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: K, 2..16. solver: a ComfyUI sampler's name. grid: a ComfyUI scheduler's name, or "free" = inner σ are searched for.
+    rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point (solved), "all" = the
+    inner ones as well (descended). space: where offsets act. guidance: the cfg values that the table serves.
+    pictures / held_out: teacher trajectories to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid.
+    sequential / iterations: optimiser steps of stage A / B, of `batch` pictures; rate: Adam's first step, falls to 0 along a cosine;
+    clip: largest gradient norm; average: memory of the averaged offsets, 0..1."""
+
+    steps: int = 3
+    solver: str = "euler"
+    grid: str = "sgm_uniform"
+    rows: str = "last"
+    space: str = "embedding"
+    guidance: tuple[float, ...] = (1.0,)
+    pictures: int = 256
+    held_out: int = 64
+    teacher_steps: int = 24
+    sequential: int = 0
+    iterations: int = 160
+    batch: int = 48
+    rate: float = 0.01
+    clip: float = 1.0
+    average: float = 0.95
+    validate_every: int = 20
+    seed: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "guidance", tuple(float(value) for value in self.guidance))
+        limits = dict(steps=(2, 16), pictures=(1, 10**7), held_out=(2, 10**6), teacher_steps=(self.steps, 1000), sequential=(0, 10**7), iterations=(0, 10**7),
+                      batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1))
+        for name, (low, high) in limits.items():
+            if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= high:
+                raise MTEOError(f"{name} is {getattr(self, name)!r}: give a number from {low} to {high}.")
+        for name, allowed in (("rows", ROWS), ("space", SPACES)):
+            if getattr(self, name) not in allowed:
+                raise MTEOError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
+        if not self.guidance or min(self.guidance) < 0:
+            raise MTEOError(f"guidance is {list(self.guidance)}: give at least one cfg value of 0 or more.")
+
+    @classmethod
+    def of(cls, values: dict) -> "Recipe":
+        """From a dict as TOML or JSON gives it; an unknown name is an error that lists the known ones."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise MTEOError(f"The recipe has no setting {name!r}: it knows {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def facts(self) -> dict:
+        """As JSON."""
+        return {**asdict(self), "guidance": list(self.guidance)}

@@ -74,7 +74,7 @@ def comfyui() -> Path:
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in ("test", "path"):
+    if not arguments or arguments[0] not in ("demo", "test", "path"):
         print(__doc__)
         return 2
     environment()
@@ -82,8 +82,9 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "path":
         print(root)
         return 0
-    say(f"ComfyUI at {root.name}; running the tests")
-    return subprocess.run([str(PYTHON), "-m", "pytest", *arguments[1:]], cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(root)}).returncode
+    command = ["pytest"] if arguments[0] == "test" else ["trainer", "demo"]
+    say(f"ComfyUI at {root.name}; running {' '.join(command)}")
+    return subprocess.run([str(PYTHON), "-m", *command, *arguments[1:]], cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(root)}).returncode
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The pack's nodes: thin V3 schemas over `mteo.comfyui`."""
 from comfy_api.latest import ComfyExtension
 
-from .embeddings import ApplyEmbeddings, LoadEmbeddings, SaveEmbeddings
+from .apply import ApplyEmbeddings
+from .distill import DistillEmbeddings
+from .embeddings import LoadEmbeddings, SaveEmbeddings
 from .reference import LoadReferenceModel
+from .sampler import KSampler
 
 
 class MTEOExtension(ComfyExtension):
     async def get_node_list(self):
-        return [LoadEmbeddings, SaveEmbeddings, ApplyEmbeddings, LoadReferenceModel]
+        return [LoadEmbeddings, ApplyEmbeddings, KSampler, DistillEmbeddings, SaveEmbeddings, LoadReferenceModel]
 
 
 async def comfy_entrypoint():

@@ -6,7 +6,7 @@ PAD, START, END, UNKNOWN, AND = range(len(SPECIAL))
 LENGTH = 8  # tokens of a prompt, start, end and padding included
 
 
-def read_drawings(path=Path(__file__).with_name("vocabulary.txt")) -> dict[str, int]:
+def read_drawings(path: Path = DRAWINGS_FILE) -> dict[str, int]:
     """Word -> Unicode code point of its drawing, in file order."""
     entries = [word for line in path.read_text(encoding="ascii").splitlines() if not line.startswith("#") for word in line.split()]
     return {name: int(code, 16) for name, code in zip(entries[::2], entries[1::2], strict=True)}

@@ -1,1 +1,1 @@
-"""Headless runs: the same core as the nodes, from the command line."""
+"""Headless runs over the same core as the nodes: distil, sample, inspect."""

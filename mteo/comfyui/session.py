@@ -33,6 +33,10 @@ class Session:
         """x_T as the sampler would get it at σ_0 [9]."""
         return self.sampling.noise_scaling(sigma.float().to(self.device), noise, self.latent.expand_as(noise), True)
 
+    def out(self, x: torch.Tensor) -> torch.Tensor:
+        """Sampled latents as a LATENT holds them."""
+        return self._wrap.inner_model.process_latent_out(x.float()).cpu()
+
     def denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one
         prompt) are evaluated together."""

@@ -67,7 +67,7 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
             run_session(patched, positives, negative, latent, lambda session: train(session, patch, table, recipe, len(positives), store, progress))
             store.finish(embeddings)
         patched, patch = with_table(private, embeddings)
-        previews = run_session(patched, positives, negative, latent, lambda session: preview(session, patch, embeddings.tables[recipe.steps], recipe, len(positives)))
+        previews = run_session(patched, positives, negative, latent, lambda session: compare(session, patch, embeddings.tables[recipe.steps], recipe, len(positives), SHOWN, recipe.seed + 77))
     return Distilled(embeddings, embeddings.tables[recipe.steps].record["log"], previews)
 
 
@@ -142,39 +142,53 @@ def train(session: Session, patch, table: Table, recipe: Recipe, prompts: int, s
     total = recipe.sequential + recipe.iterations
     offsets = patch.offsets.table = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
 
-    def told(state: State, line: dict | None) -> None:
-        if line is not None:
-            store.write_state(state)
-        progress("training", state.iteration, total, **(line or {}))
+    denoise = lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
 
-    best, tableau, state = distill(lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), offsets, table.tableau, pairs, held_out, recipe,
+    def told(state: State, line: dict | None) -> None:
+        if line is None:
+            return progress("training", state.iteration, total)
+        store.write_state(state)
+        with torch.no_grad():
+            one = held_out.part(slice(0, 1))
+            picture = execute(table.tableau, lambda x, call, sigma: denoise(x, call, sigma, one), one.start)
+        progress("training", state.iteration, total, picture=picture, **line)
+
+    best, tableau, state = distill(denoise, offsets, table.tableau, pairs, held_out, recipe,
                                    state=store.read_state(session.device), progress=told)
     table.base = table.tableau if recipe.rows != "solver" else None
     table.offsets, table.tableau = {path: rows.detach().cpu() for path, rows in best.items()}, tableau
     table.record = dict(recipe=recipe.facts(), log=state.log, prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
 
 
+def compare_model(model, embeddings: Embeddings, positives: list, negative, latent: torch.Tensor, recipe: Recipe, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """`count` pictures as LATENT by "teacher", "plain" (the named solver on the table's grid) and "mteo", of the same noise."""
+    with training_mode():
+        patched, patch = with_table(private_copy(model), embeddings)
+        table = embeddings.tables[recipe.steps]
+        return run_session(patched, positives, negative, latent, lambda session: compare(session, patch, table, recipe, len(positives), count, seed))
+
+
 @torch.no_grad()
-def preview(session: Session, patch, table: Table, recipe: Recipe, prompts: int) -> dict[str, torch.Tensor]:
-    """Pictures of noise that training has not seen, at the largest cfg: teacher, the named solver on the same grid, the table."""
-    count = min(SHOWN, max(prompts, 2))
-    item, guidance = torch.arange(count) % prompts, torch.full((count,), max(recipe.guidance), dtype=torch.float64)
-    start = session.start(session.noise(count, recipe.seed + 77), torch.tensor(table.sigmas[0]))
-    denoise = lambda x, call, sigma: session.denoise(x, sigma, item, guidance)
-    out = lambda x: session._wrap.inner_model.process_latent_out(x.float()).cpu()
-    mteo = execute(table.tableau, denoise, start)
-    patch.offsets.scale = 0.0
-    plain = execute(table.base or table.tableau, denoise, start)
-    teacher = execute(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, start)
-    patch.offsets.scale = 1.0
-    return {"teacher": out(teacher), "plain": out(plain), "mteo": out(mteo)}
+def compare(session: Session, patch, table: Table, recipe: Recipe, prompts: int, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """As `compare_model`, at the largest cfg of the recipe, in chunks."""
+    fine = teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min)))
+    noise, made = session.noise(count, seed), {"teacher": [], "plain": [], "mteo": []}
+    for begin in range(0, count, CHUNK):
+        item = torch.arange(begin, min(begin + CHUNK, count)) % prompts
+        guidance = torch.full((len(item),), max(recipe.guidance), dtype=torch.float64)
+        start = session.start(noise[begin : begin + CHUNK], torch.tensor(table.sigmas[0]))
+        denoise = lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g)
+        for name, tableau, strength in (("teacher", fine, 0.0), ("plain", table.base or table.tableau, 0.0), ("mteo", table.tableau, 1.0)):
+            patch.offsets.scale = strength
+            made[name].append(session.out(execute(tableau, denoise, start)))
+    return {name: torch.cat(parts) for name, parts in made.items()}
 
 
 class RunFolder:
     """What a run leaves on disk: run.json, teacher/*.safetensors, state.pt, log.jsonl, table.safetensors. None = nowhere."""
 
     def __init__(self, folder: Path | None, run: dict):
-        self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True)
+        self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True, indent=1)
         if self.folder is None:
             return
         own = self.folder / "run.json"

@@ -1,0 +1,41 @@
+"""Sample a LATENT with a table, as the stock KSampler does with a named schedule."""
+import comfy.sample
+import comfy.utils
+import latent_preview
+import torch
+
+from ..embeddings import Embeddings
+from ..errors import MTEOError
+from .patch import apply_embeddings, scaled_tableau
+from .solver import table_sampler
+
+
+def applied(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
+    """(MODEL, SAMPLER, SIGMAS [K+1]) of Apply MTEO."""
+    patched, table = apply_embeddings(model, embeddings, steps, strength, off_grid)
+    return patched, table_sampler(table, scaled_tableau(table, strength)), torch.tensor(table.sigmas)
+
+
+def sample_latent(model, embeddings: Embeddings, latent: dict, seed: int, positive, negative=None, steps: int = 0, cfg: float = 1.0, strength: float = 1.0, start_step: int = 0,
+                  end_step: int = 10000, add_noise: bool = True, leftover_noise: bool = False, off_grid: str = "error") -> dict:
+    """A LATENT. Mask, batch index and ratios travel in `latent`. negative may be missing at cfg 1, where it is not used.
+
+    end_step below K stops early: with leftover_noise the noisy latent, without it the model's last denoised.
+    """
+    patched, sampler, sigmas = applied(model, embeddings, steps, strength, off_grid)
+    total = len(sigmas) - 1
+    if negative is None and cfg != 1.0:
+        raise MTEOError(f"cfg is {cfg:g} but no negative is connected: connect one, or set cfg to 1.")
+    if not 0 <= start_step < min(end_step, total):
+        raise MTEOError(f"start_step is {start_step}: give a step from 0 to {min(end_step, total) - 1}, below end_step.")
+    sigmas = sigmas[start_step : end_step + 1]
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples, device="cpu")
+    x0 = {}
+    callback = latent_preview.prepare_callback(patched, len(sigmas) - 1, x0)
+    out = comfy.sample.sample_custom(patched, noise, cfg, sampler, sigmas, positive, positive if negative is None else negative, samples, noise_mask=latent.get("noise_mask"),
+                                     callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
+    if end_step < total and not leftover_noise:
+        out = patched.model.process_latent_out(x0["x0"].cpu())
+    kept = {name: value for name, value in latent.items() if name not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
+    return {**kept, "samples": out}

@@ -1,0 +1,107 @@
+"""Distill MTEO: learn a table for the connected model, in a run folder, with progress, previews and cancel."""
+import hashlib
+import json
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy_api.latest import io
+
+from ..mteo.comfyui.conditions import content_hash
+from ..mteo.comfyui.patch import model_fingerprint
+from ..mteo.comfyui.training import distill_model
+from ..mteo.recipe import FREE, Recipe
+from ..mteo.sheet import as_image, sheet
+from ..mteo.sites import find_sites
+from .embeddings import MTEOEmbeddings
+
+SOLVERS = ["euler", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc", "heun"]
+BUDGETS = {  # trajectories, held-out ones, optimiser steps
+    "try": dict(pictures=64, held_out=32, iterations=24, batch=24, validate_every=6),
+    "quick": dict(pictures=256, held_out=64, iterations=80, batch=32, validate_every=10),
+    "standard": dict(pictures=1024, held_out=128, iterations=200, batch=48, validate_every=20),
+    "thorough": dict(pictures=4096, held_out=256, iterations=800, batch=48, validate_every=50),
+}
+BAR = 1000  # parts of the progress bar: teacher to 450, training to 1000
+
+
+class DistillEmbeddings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MTEODistill",
+            display_name="Distill MTEO",
+            category="MTEO",
+            description="Learn few-step time embeddings for this model from its own many-step pictures. Weights are not changed. Works in a run folder in output/mteo: "
+            "after a cancel the same inputs go on where they stopped, and give the same table.",
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model to distil, with any LoRA that the table should be made with."),
+                io.Conditioning.Input("positive", tooltip="One prompt, or a list of them: each item is one prompt. Many and varied ones are better."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt to train with; not used where cfg is 1."),
+                io.Latent.Input("latent_image", tooltip="Gives the size; its content is not used."),
+                io.Int.Input("seed", default=0, min=0, max=2**62, tooltip="Seed of the training noise. The same seed and inputs give the same table."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="The guidance to train for; 1 = none. A list of numbers: one table for all of them."),
+                io.Int.Input("steps", default=3, min=2, max=16, tooltip="Number of sampling steps of the table."),
+                io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its last row is learned beside the embeddings."),
+                io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default="sgm_uniform", tooltip="The schedule of sigmas; free = search the best one first."),
+                io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
+                io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
+                io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
+            ],
+            outputs=[MTEOEmbeddings.Output(display_name="embeddings"), io.Image.Output(display_name="sheet"), io.Custom("LOSS_MAP").Output(display_name="loss")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None):
+        model, latent = model[0], latent_image[0]["samples"]
+        size = comfy.sample.fix_empty_latent_channels(model, latent, latent_image[0].get("downscale_ratio_spacial"), latent_image[0].get("downscale_ratio_temporal"))
+        recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), seed=seed[0], **BUDGETS[budget[0]])
+        prompts = list(positive)
+        folder = run_folder(model, recipe, prompts, negative[0], size, sampler)
+        progress = Progress(model)
+        made = distill_model(model, prompts, negative[0], torch.zeros_like(size[:1]), recipe, folder, sampler[0] if sampler else None, progress)
+        rows = {"teacher": made.previews["teacher"], f"plain {recipe.steps}": made.previews["plain"], f"MTEO {recipe.steps}": made.previews["mteo"]}
+        pictures = {label: pictures_of(model, value, vae[0] if vae else None) for label, value in rows.items()}
+        return io.NodeOutput(made.embeddings, as_image(sheet(pictures)), {"loss": [line["held_out"] for line in made.log]}, ui={"text": [folder.name]})
+
+
+def run_folder(model, recipe: Recipe, prompts, negative, size, sampler) -> Path:
+    """output/mteo/<name of what is asked for>: the same inputs find it again [18]."""
+    paths = [site.path for site in find_sites(model.model.diffusion_model, recipe.space)]
+    asked = json.dumps([recipe.facts(), content_hash([prompts, negative]), list(size.shape[1:]), model_fingerprint(model, paths), bool(sampler)], sort_keys=True)
+    return Path(folder_paths.get_output_directory()) / "mteo" / f"{recipe.steps}steps-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+
+
+def rough(model):
+    """The latent format's linear previewer."""
+    latent_format = model.model.latent_format
+    return latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias, latent_format.latent_rgb_factors_reshape)
+
+
+def pictures_of(model, latents, vae):
+    """IMAGE [N, H, W, 3] of LATENT values: by the VAE, or the rough preview."""
+    if vae is not None:
+        return vae.decode(latents)
+    inner = model.model.process_latent_in(latents)
+    return torch.cat([as_image(rough(model).decode_latent_to_preview(inner[i : i + 1])) for i in range(len(inner))])
+
+
+class Progress:
+    """Told at every chunk and step: moves the bar, shows what the student makes, lets a cancel through."""
+
+    def __init__(self, model):
+        self.bar, self.previewer = comfy.utils.ProgressBar(BAR), rough(model)
+
+    def __call__(self, stage: str, done: int, total: int, picture=None, **facts):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        low, high = (450, BAR) if stage == "training" else (400, 450) if "held out" in stage else (50, 400) if stage == "teacher" else (0, 50)
+        preview = None if picture is None else ("JPEG", self.previewer.decode_latent_to_preview(picture.float().cpu()), 512)
+        self.bar.update_absolute(low + (high - low) * done // max(total, 1), BAR, preview)

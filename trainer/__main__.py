@@ -1,0 +1,29 @@
+"""python -m trainer distill run.toml | sample | inspect: see --help of each."""
+import argparse
+import sys
+
+from mteo.errors import MTEOError
+
+from . import config, demo, distill, inspect, sample
+
+COMMANDS = {"distill": distill, "sample": sample, "inspect": inspect, "demo": demo}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Distil few-step time embeddings, sample with them, look into them.")
+    parser.add_argument("--comfyui", help="ComfyUI's root (else COMFYUI_PATH)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        own = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        config.add_flags(own) if name == "distill" else module.add_flags(own)
+    options = parser.parse_args()
+    try:
+        COMMANDS[options.command].run(options)
+    except MTEOError as error:
+        print(f"mteo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

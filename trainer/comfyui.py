@@ -1,0 +1,59 @@
+"""ComfyUI for a headless run: find its root, import it, load a model, encode prompts."""
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mteo.errors import MTEOError
+
+REFERENCE = "reference"
+
+
+def find_root(given: str | None) -> Path:
+    """--comfyui, else COMFYUI_PATH, else the ComfyUI that this pack is installed in; MTEOError where there is none."""
+    installed = Path(__file__).resolve().parents[3]
+    for place in filter(None, (given, os.environ.get("COMFYUI_PATH"), installed)):
+        if (Path(place) / "comfy" / "samplers.py").is_file():
+            return Path(place).resolve()
+        if place != installed:
+            raise MTEOError(f"{place} is not ComfyUI's root: it has no comfy/samplers.py.")
+    raise MTEOError("ComfyUI was not found: give its root with --comfyui or in COMFYUI_PATH.")
+
+
+def open_comfyui(root: Path) -> None:
+    """Import ComfyUI from `root`, which goes before everything on sys.path: this pack's `nodes` would hide ComfyUI's nodes.py [20]."""
+    sys.path.insert(0, str(root))
+    sys.modules.pop("nodes", None)
+    own, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401  reads sys.argv once
+
+    sys.argv = own
+
+
+def load(model: str):
+    """(MODEL, CLIP, VAE) of the pack's reference model or of a checkpoint file."""
+    if model == REFERENCE:
+        from reference.objects import make_clip, make_model, make_vae
+
+        return make_model(), make_clip(), make_vae()
+    if not Path(model).is_file():
+        raise MTEOError(f'The model {model} is not there: give a checkpoint file, or "{REFERENCE}" for the model of the pack.')
+    import comfy.sd
+
+    return comfy.sd.load_checkpoint_guess_config(model)[:3]
+
+
+def encode(clip, text: str):
+    """CONDITIONING of a prompt, as CLIPTextEncode makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def empty_latent(model, width: int, height: int, count: int = 1) -> torch.Tensor:
+    """Zeros [count, C, height ÷ ratio, width ÷ ratio] of the model's latent format."""
+    latent_format = model.model.latent_format
+    ratio = getattr(latent_format, "spacial_downscale_ratio", 8)
+    return torch.zeros(count, latent_format.latent_channels, height // ratio, width // ratio)

@@ -1,0 +1,96 @@
+"""What a headless run is told: a TOML file, flags on top of it."""
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from mteo.errors import MTEOError
+from mteo.recipe import Recipe
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Run:
+    """model: "reference" or a checkpoint file. prompts: a list, or a text file with one a line. width, height in pixels.
+    folder: the run folder. recipe: see mteo/recipe.py."""
+
+    model: str = "reference"
+    prompts: list[str] = field(default_factory=list)
+    negative: str = ""
+    width: int = 512
+    height: int = 512
+    folder: Path = Path("runs/mteo")
+    recipe: Recipe = field(default_factory=Recipe)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", help="TOML file; flags go before it")
+    for one in fields(Run):
+        if one.name != "recipe":
+            parser.add_argument(f"--{one.name}")
+    for one in fields(Recipe):
+        parser.add_argument(f"--{one.name.replace('_', '-')}", dest=f"recipe.{one.name}")
+
+
+def read_run(options: argparse.Namespace) -> Run:
+    """The file's settings with the flags on top; MTEOError names a setting that is not known or of the wrong kind."""
+    values = read_toml(options.config) if options.config else {}
+    recipe = values.pop("recipe", {})
+    known = {one.name: one.type for one in fields(Run)}
+    for name in values:
+        if name not in known:
+            raise MTEOError(f"The run has no setting {name!r}: it knows {', '.join(known)} and a section [recipe].")
+    for name, given in vars(options).items():
+        if given is not None and name.startswith("recipe."):
+            recipe[name.removeprefix("recipe.")] = number(given)
+        elif given is not None and name in known:
+            values[name] = given
+    if isinstance(recipe.get("guidance"), (int, float)):
+        recipe["guidance"] = [recipe["guidance"]]
+    values["prompts"] = read_prompts(values.get("prompts", []), Path(options.config).parent if options.config else Path())
+    values |= {name: whole(name, values[name]) for name in ("width", "height") if name in values}
+    values["folder"] = Path(values.get("folder", Run.folder))
+    return Run(**values, recipe=Recipe.of(recipe))
+
+
+def read_toml(path: str) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MTEOError(f"The config {path} cannot be read: {error.strerror}.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise MTEOError(f"The config {path} is not TOML: {error}.") from error
+
+
+def read_prompts(given, beside: Path) -> list[str]:
+    """A list as it is; a file's lines that are not empty, looked for beside the config, too."""
+    if isinstance(given, str):
+        path = next((place for place in (Path(given), beside / given) if place.is_file()), None)
+        if path is None:
+            raise MTEOError(f"The prompts file {given} is not there: give a text file with one prompt a line.")
+        given = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not given:
+        raise MTEOError("No prompts: give a list or a text file with one prompt a line.")
+    return given
+
+
+def number(text: str):
+    """A flag's value: numbers as numbers, "1,4" as a list of them, else the text."""
+    if "," in text:
+        return [number(part) for part in text.split(",") if part]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def whole(name: str, value) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise MTEOError(f"{name} is {value!r}: give a whole number of pixels.") from None

@@ -1,0 +1,43 @@
+"""Distil a table in a run folder; stop it and the same command goes on.
+
+Writes run.json (all settings as resolved), teacher/ (trajectories), state.pt, log.jsonl, previews/, loss.png, sheet.png, table.safetensors.
+"""
+from .comfyui import empty_latent, encode, find_root, load, open_comfyui
+from .config import Run, read_run
+from .report import Bars, plot_loss
+
+
+def run(options) -> None:
+    told = read_run(options)
+    open_comfyui(find_root(options.comfyui))
+    distill_run(told)
+
+
+def distill_run(told: Run):
+    """Distil as told; the result with its sheet's pictures {label: IMAGE}."""
+    import torch
+
+    from mteo.comfyui.training import distill_model
+    from mteo.sheet import sheet
+
+    with torch.inference_mode():
+        model, clip, vae = load(told.model)
+        positives, negative = [encode(clip, text) for text in told.prompts], encode(clip, told.negative)
+
+        def show(iteration, picture):
+            (told.folder / "previews").mkdir(exist_ok=True)
+            latent = model.model.process_latent_out(picture.detach().float().cpu())
+            sheet({"": vae.decode(latent)}).save(told.folder / "previews" / f"{iteration:06}.png")
+
+        bars = Bars(show)
+        try:
+            made = distill_model(model, positives, negative, empty_latent(model, told.width, told.height), told.recipe, told.folder, progress=bars)
+        finally:
+            bars.close()
+        steps = told.recipe.steps
+        labels = {"teacher": "teacher", "plain": f"plain {steps} steps", "mteo": f"MTEO {steps} steps"}
+        sheet({label: vae.decode(made.previews[name]) for name, label in labels.items()}, captions=told.prompts).save(told.folder / "sheet.png")
+        plot_loss(made.log, told.folder / "loss.png")
+    first, best = made.log[0]["held_out"], made.log[-1]["best"]
+    print(f"held-out error {first:.4f} -> {best:.4f} ({best / first:.2f} of the plain solver); table: {told.folder / 'table.safetensors'}")
+    return made

@@ -1,0 +1,29 @@
+"""Print what a table holds: steps, solver, sigmas, training, and the size of Δ by layer and row."""
+from pathlib import Path
+
+from mteo.embeddings import load_embeddings
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("table", help="a .safetensors file of MTEO")
+
+
+def run(options) -> None:
+    print("\n".join(describe(Path(options.table))))
+
+
+def describe(path: Path) -> list[str]:
+    """Lines of text."""
+    embeddings = load_embeddings(path)
+    numbers = lambda values: " ".join(f"{value:.4g}" for value in values)
+    lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}, cfg {numbers(embeddings.model.get('guidance', []))}"]
+    for steps, table in sorted(embeddings.tables.items()):
+        lines.append(f"{steps} steps of {table.solver}{', rows corrected' if table.corrected else ''}; sigmas {numbers(table.sigmas)}")
+        log = table.record.get("log", [])
+        if log:
+            lines.append(f"  held-out error {log[0]['held_out']:.4f} -> {log[-1]['best']:.4f} in {log[-1]['iteration']} optimiser steps")
+        width = max(map(len, table.offsets))
+        lines.append(f"  {'root mean square of Δ, row:':{width}} " + " ".join(f"{row:>8}" for row in range(len(table.tableau.row_sigmas))))
+        for site, rows in table.offsets.items():
+            lines.append(f"  {site:{width}} " + " ".join(f"{float(value):8.4f}" for value in rows.square().mean(1).sqrt()))
+    return lines

@@ -1,0 +1,36 @@
+"""Sample pictures with a table, through the same function as MTEO KSampler."""
+from pathlib import Path
+
+from .comfyui import empty_latent, encode, find_root, load, open_comfyui
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("table", help="a .safetensors file of MTEO")
+    parser.add_argument("prompt")
+    parser.add_argument("--model", default="reference", help='"reference" or a checkpoint file')
+    parser.add_argument("--negative", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg", type=float, default=1.0, help="1 = no guidance")
+    parser.add_argument("--steps", type=int, default=0, help="0 = the smallest number that the file holds")
+    parser.add_argument("--strength", type=float, default=1.0, help="1 = as trained, 0 = the plain model")
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--height", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=Path("sample.png"))
+
+
+def run(options) -> None:
+    open_comfyui(find_root(options.comfyui))
+    import torch
+
+    from mteo.comfyui.sampling import sample_latent
+    from mteo.embeddings import load_embeddings
+    from mteo.sheet import sheet
+
+    embeddings = load_embeddings(Path(options.table))
+    with torch.inference_mode():
+        model, clip, vae = load(options.model)
+        latent = {"samples": empty_latent(model, options.width, options.height, options.count)}
+        made = sample_latent(model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength)
+        sheet({options.prompt: vae.decode(made["samples"])}).save(options.out)
+    print(f"wrote {options.out}")

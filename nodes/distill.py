@@ -56,7 +56,6 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
             ],
             outputs=[MTEOEmbeddings.Output(display_name="embeddings"), io.Image.Output(display_name="sheet"), io.Custom("LOSS_MAP").Output(display_name="loss")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

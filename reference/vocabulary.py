@@ -4,6 +4,7 @@ from pathlib import Path
 SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>", "and")
 PAD, START, END, UNKNOWN, AND = range(len(SPECIAL))
 LENGTH = 8  # tokens of a prompt, start, end and padding included
+DRAWINGS_FILE = Path(__file__).with_name("vocabulary.txt")
 
 
 def read_drawings(path: Path = DRAWINGS_FILE) -> dict[str, int]:

@@ -6,7 +6,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
+
+import websocket
 
 
 class Server:
@@ -41,19 +44,48 @@ class Server:
     def get(self, path: str) -> bytes:
         return urllib.request.urlopen(self.url(path), timeout=30).read()
 
-    def queue(self, graph: dict) -> dict:
-        """Post an API graph and wait for its history entry; a refused graph gives {"refused": ...}."""
-        request = urllib.request.Request(self.url("/prompt"), json.dumps({"prompt": graph}).encode(), {"Content-Type": "application/json"})
+    def post(self, path: str, body: dict) -> dict:
+        request = urllib.request.Request(self.url(path), json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            number = json.loads(urllib.request.urlopen(request, timeout=30).read())["prompt_id"]
+            return json.loads(urllib.request.urlopen(request, timeout=30).read() or "{}")
         except urllib.error.HTTPError as error:
             return {"refused": json.loads(error.read())}
-        for _ in range(1200):
+
+    def queue(self, graph: dict, seconds: int = 240) -> dict:
+        """Post an API graph and wait for its history entry; a refused graph gives {"refused": ...}."""
+        answer = self.post("/prompt", {"prompt": graph})
+        if "refused" in answer:
+            return answer
+        for _ in range(seconds * 10):
+            history = json.loads(self.get(f"/history/{answer['prompt_id']}"))
+            if answer["prompt_id"] in history:
+                return history[answer["prompt_id"]]
+            time.sleep(0.1)
+        raise TimeoutError(f"the prompt did not end in {seconds} seconds")
+
+    def watch(self, graph: dict, told=None) -> tuple[dict, list]:
+        """Post over HTTP and follow on the websocket: (history entry, messages; a preview is the bytes of its frame).
+        told(message) is called for each."""
+        client, messages = uuid.uuid4().hex, []
+        socket_ = websocket.create_connection(self.url(f"/ws?clientId={client}").replace("http", "ws", 1), timeout=240)
+        try:
+            number = self.post("/prompt", {"prompt": graph, "client_id": client, "extra_data": {"preview_method": "latent2rgb"}})["prompt_id"]
+            while True:
+                frame = socket_.recv()
+                message = frame if isinstance(frame, bytes) else json.loads(frame)
+                messages.append(message)
+                if told:
+                    told(message)
+                if isinstance(message, dict) and message["type"] in ("execution_success", "execution_error", "execution_interrupted") and message["data"]["prompt_id"] == number:
+                    break
+        finally:
+            socket_.close()
+        for _ in range(100):
             history = json.loads(self.get(f"/history/{number}"))
             if number in history:
-                return history[number]
+                return history[number], messages
             time.sleep(0.1)
-        raise TimeoutError("the prompt did not end in two minutes")
+        raise TimeoutError("the prompt ended without a history entry")
 
     def stop(self) -> None:
         self.process.terminate()

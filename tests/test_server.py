@@ -1,4 +1,5 @@
-"""The pack in ComfyUI's real server: its nodes are listed, a graph gives a picture, errors are sentences."""
+"""The pack in ComfyUI's real server: templates give pictures, previews arrive, errors are sentences, a cancel loses nothing."""
+import copy
 import io
 import json
 from pathlib import Path
@@ -10,67 +11,171 @@ from PIL import Image
 from mteo.embeddings import Embeddings, Table, save_embeddings
 from mteo.tableau import euler_tableau
 from tests.server import Server
+from tests.templates import SCHEMA, WORKFLOWS, fields_of, schema, workflow
 
 PACK = Path(__file__).resolve().parent.parent
 SIGMAS = [14.614640, 3.0, 0.6, 0.0]
+SITE = "output_blocks.0.0.emb_layers.1"
 
 
 @pytest.fixture(scope="module")
 def server(comfyui_root, tmp_path_factory):
     base = tmp_path_factory.mktemp("server")
     running = Server(comfyui_root, base, PACK)
-    save_embeddings(embeddings("output_blocks.0.0.emb_layers.1"), base / "models" / "mteo" / "zero.safetensors")
-    save_embeddings(embeddings("joint_blocks.0.x_block.adaLN_modulation.1"), base / "models" / "mteo" / "other.safetensors")
+    models = base / "models" / "mteo"
+    save_embeddings(embeddings(SITE), models / "zero.safetensors")
+    save_embeddings(embeddings("joint_blocks.0.x_block.adaLN_modulation.1"), models / "architecture.safetensors")
+    save_embeddings(embeddings(SITE, {"fingerprint": {SITE: [1.0] * 64}}), models / "model.safetensors")
+    whole = (models / "zero.safetensors").read_bytes()
+    (models / "cut.safetensors").write_bytes(whole[:-100])
+    broken = embeddings(SITE)
+    broken.tables[3].offsets[SITE][1, 5] = float("nan")
+    save_embeddings(broken, models / "nan.safetensors")
     yield running
     running.stop()
 
 
-def embeddings(site):
-    table = Table(3, SIGMAS, [999.0, 700.0, 300.0], "euler", euler_tableau(torch.tensor(SIGMAS)), {site: torch.zeros(3, 512)})
-    return Embeddings({3: table}, "embedding", {"family": "unet"})
+@pytest.fixture(scope="module")
+def objects(server):
+    return json.loads(server.get("/object_info"))
 
 
-def graph(file):
-    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
-    return {
-        "1": node("MTEOLoadReferenceModel"),
-        "2": node("CLIPTextEncode", clip=["1", 1], text="cat and apple"),
-        "3": node("CLIPTextEncode", clip=["1", 1], text=""),
-        "4": node("EmptyLatentImage", width=64, height=64, batch_size=1),
-        "5": node("MTEOLoadEmbeddings", embeddings_name=file),
-        "6": node("MTEOApply", model=["1", 0], embeddings=["5", 0], steps=0, strength=1.0),
-        "7": node("SamplerCustom", model=["6", 0], add_noise=True, noise_seed=1, cfg=4.0, positive=["2", 0], negative=["3", 0], sampler=["6", 1], sigmas=["6", 2], latent_image=["4", 0]),
-        "8": node("VAEDecode", samples=["7", 0], vae=["1", 2]),
-        "9": node("SaveImage", images=["8", 0], filename_prefix="test"),
-    }
+def embeddings(site, model=None):
+    from comfy.model_sampling import EPS, ModelSamplingDiscrete
+
+    kind = type("Sampling", (ModelSamplingDiscrete, EPS), {})
+    times = [float(kind().timestep(torch.tensor(sigma))) for sigma in SIGMAS[:-1]]
+    return Embeddings({3: Table(3, SIGMAS, times, "euler", euler_tableau(torch.tensor(SIGMAS)), {site: torch.zeros(3, 512)})}, "embedding", {"family": "unet", **(model or {})})
 
 
-def message_of(entry):
-    return next(detail["exception_message"] for kind, detail in entry["status"]["messages"] if kind == "execution_error")
+def api(name: str) -> dict:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
 
 
-def test_nodes_are_listed_with_their_tooltips(server):
-    nodes = {name: about for name, about in json.loads(server.get("/object_info")).items() if name.startswith("MTEO")}
-    assert set(nodes) >= {"MTEOLoadEmbeddings", "MTEOSaveEmbeddings", "MTEOApply", "MTEOLoadReferenceModel"}
-    assert nodes["MTEOApply"]["output"] == ["MODEL", "SAMPLER", "SIGMAS"]
-    assert "0 = the plain model" in nodes["MTEOApply"]["input"]["required"]["strength"][1]["tooltip"]
+def graph(**changes) -> dict:
+    """The sampling template, with some of its inputs changed: node__input=value."""
+    changed = api("mteo_sample_3_steps")
+    for name, value in changes.items():
+        number, field = name.removeprefix("n").split("__")
+        changed[number]["inputs"][field] = value
+    return changed
 
 
-def test_a_graph_gives_a_picture_and_a_wrong_table_one_sentence(server):
-    wrong = server.queue(graph("other.safetensors"))
-    assert "another architecture" in message_of(wrong)
-    entry = server.queue(graph("zero.safetensors"))
-    assert entry["status"]["status_str"] == "success", message_of(entry)
-    name = entry["outputs"]["9"]["images"][0]["filename"]
-    picture = Image.open(io.BytesIO(server.get(f"/view?filename={name}")))
-    assert picture.size == (64, 64) and len(picture.convert("RGB").getcolors(4096)) > 100
+def with_custom_sampler(**changes) -> dict:
+    """The same through Apply MTEO and SamplerCustom."""
+    changed = graph()
+    changed["10"] = {"class_type": "MTEOApply", "inputs": {"model": ["1", 0], "embeddings": ["5", 0], "steps": 0, "strength": 1.0, "off_grid": "error"}}
+    changed["6"] = {"class_type": "SamplerCustom", "inputs": dict(model=["10", 0], add_noise=True, noise_seed=7, cfg=4.0, positive=["2", 0], negative=["3", 0], sampler=["10", 1],
+                                                                   sigmas=["10", 2], latent_image=["4", 0]) | changes}
+    changed["11"] = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "scheduler": "karras", "steps": 3, "denoise": 1.0}}
+    changed["12"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "heun"}}
+    return changed
 
 
-def test_another_schedule_is_refused_before_sampling_and_the_next_prompt_works(server):
-    changed = graph("zero.safetensors")
-    changed["10"] = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "scheduler": "karras", "steps": 3, "denoise": 1.0}}
-    changed["7"]["inputs"]["sigmas"] = ["10", 0]
-    assert "connect the SIGMAS output of Apply MTEO" in message_of(server.queue(changed))
-    again = graph("zero.safetensors")
-    again["7"]["inputs"]["noise_seed"] = 2
-    assert server.queue(again)["status"]["status_str"] == "success"
+def message_of(entry) -> str:
+    if "refused" in entry:
+        return json.dumps(entry["refused"])
+    return next((detail["exception_message"] for kind, detail in entry["status"]["messages"] if kind == "execution_error"), "no error")
+
+
+def pictures(server, entry, number: str) -> list:
+    assert entry.get("status", {}).get("status_str") == "success", message_of(entry)
+    return [Image.open(io.BytesIO(server.get(f"/view?filename={one['filename']}&subfolder={one['subfolder']}&type={one['type']}"))).convert("RGB")
+            for one in entry["outputs"][number]["images"]]
+
+
+def test_saved_graphs_keep_working(objects):
+    """Inputs are only appended, outputs stay; tests/schema.json is what the last release had."""
+    now = schema(objects)
+    for name, before in json.loads(SCHEMA.read_text()).items():
+        assert now[name]["inputs"][: len(before["inputs"])] == before["inputs"], name
+        assert now[name]["outputs"] == before["outputs"], name
+
+
+def test_every_input_has_a_tooltip(objects):
+    for name, about in objects.items():
+        if name.startswith("MTEO"):
+            for section in about["input"].values():
+                for field, value in section.items():
+                    assert len(value) > 1 and value[1].get("tooltip"), f"{name}.{field}"
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_template_is_its_api_copy_and_has_a_picture(objects, path):
+    assert json.loads(path.read_text()) == workflow(api(path.stem), objects)
+    assert Image.open(path.with_suffix(".jpg")).width >= 256
+
+
+def test_the_sampling_template_gives_pictures_and_previews(server):
+    entry, messages = server.watch(graph())
+    made = pictures(server, entry, "9")
+    assert len(made) == 4 and all(one.size == (256, 256) and len(one.getcolors(1 << 20)) > 1000 for one in made)
+    previews = [message for message in messages if isinstance(message, bytes)]
+    steps = [message["data"] for message in messages if isinstance(message, dict) and message["type"] == "progress"]
+    assert len(previews) == 3 and [step["value"] for step in steps] == [1, 2, 3]
+
+
+def test_the_ksampler_is_apply_with_a_custom_sampler(server):
+    one = pictures(server, server.queue(graph()), "9")
+    two = pictures(server, server.queue(with_custom_sampler()), "9")
+    assert [a.tobytes() for a in one] == [b.tobytes() for b in two]
+
+
+def test_distilling_in_a_graph_cancel_resume_and_compare(server):
+    """Cancelled in training, then asked for again: the run folder goes on and the comparison comes out nearer to the teacher."""
+    compare, stopped = api("mteo_distill_and_compare"), []
+
+    def cancel_in_training(message):
+        if isinstance(message, dict) and message["type"] == "progress" and message["data"]["value"] > 700 and not stopped:
+            stopped.append(server.post("/interrupt", {}))
+
+    entry, messages = server.watch(compare, cancel_in_training)
+    assert stopped and any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    assert sum(isinstance(message, bytes) for message in messages) >= 2, "the student's picture is shown while it trains"
+    folders = list((server.base / "output" / "mteo").iterdir())
+    assert len(folders) == 1 and (folders[0] / "state.pt").is_file() and not (folders[0] / "table.safetensors").exists()
+    chunks = {path: path.stat().st_mtime_ns for path in (folders[0] / "teacher").iterdir()}
+
+    sheet = pictures(server, server.queue(compare), "16")[0]
+    assert {path: path.stat().st_mtime_ns for path in chunks} == chunks and list((server.base / "output" / "mteo").iterdir()) == folders
+    assert (folders[0] / "table.safetensors").stat().st_size <= 200_000
+    assert sorted((server.base / "models" / "mteo").glob("my_table*"))[0].read_bytes() == (folders[0] / "table.safetensors").read_bytes()
+    teacher, plain, mteo = (torch.frombuffer(bytearray(sheet.crop((x, 0, x + 256, 256)).tobytes()), dtype=torch.uint8).float() for x in (0, 264, 528))
+    assert sheet.size == (784, 256) and (mteo - teacher).square().mean() < (plain - teacher).square().mean()
+
+
+ERRORS = {
+    "another model": (dict(n5__embeddings_name="model.safetensors"), "distilled for another model"),
+    "another architecture": (dict(n5__embeddings_name="architecture.safetensors"), "another architecture: the model has no layer joint_blocks.0"),
+    "a truncated file": (dict(n5__embeddings_name="cut.safetensors"), "cut.safetensors cannot be read, it is cut off"),
+    "a NaN": (dict(n5__embeddings_name="nan.safetensors"), f"nan.safetensors has values in 3.{SITE} that are not finite"),
+    "steps that the file lacks": (dict(n6__steps=5), "no table for 5 steps: they hold 3"),
+    "an untrained start": (dict(n6__start_step=1), "not trained for a start at step 1"),
+    "a start after the end": (dict(n6__start_step=4), "start_step is 4: give a step from 0 to 2"),
+    "cfg without a negative": (dict(n6__negative=None), "cfg is 4 but no negative is connected"),
+    "a file that is not there": (dict(n5__embeddings_name="gone.safetensors"), "gone.safetensors"),
+}
+
+
+@pytest.mark.parametrize("changes, sentence", ERRORS.values(), ids=ERRORS)
+def test_bad_input_gets_one_sentence_and_the_next_prompt_works(server, changes, sentence):
+    wrong = graph(**changes)
+    for node in wrong.values():
+        node["inputs"] = {name: value for name, value in node["inputs"].items() if value is not None}
+    assert sentence in message_of(server.queue(wrong))
+    assert len(pictures(server, server.queue(graph(n6__seed=len(sentence))), "9")) == 4
+
+
+def test_another_schedule_or_sampler_is_refused_before_sampling(server):
+    assert "connect the SIGMAS output of Apply MTEO" in message_of(server.queue(with_custom_sampler(sigmas=["11", 0])))
+    assert "The sampler heun is not the one this table was trained for, euler: connect the SAMPLER output" in message_of(server.queue(with_custom_sampler(sampler=["12", 0])))
+    assert len(pictures(server, server.queue(with_custom_sampler(noise_seed=8)), "9")) == 4
+
+
+def test_off_grid_policies_sample_on_another_schedule(server):
+    seen = set()
+    for policy in ("interpolate", "nearest", "off"):
+        changed = copy.deepcopy(with_custom_sampler(sigmas=["11", 0], sampler=["12", 0]))
+        changed["10"]["inputs"]["off_grid"] = policy
+        seen.add(pictures(server, server.queue(changed), "9")[0].tobytes())
+    assert len(seen) == 3

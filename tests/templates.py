@@ -1,0 +1,108 @@
+"""The templates that open in ComfyUI are made from their API copies: COMFYUI_PATH=… python -m tests.templates
+
+An API copy says what is connected; the layout comes from how far a node is from the loaders, the widgets from the server's
+/object_info. Writes workflows/*.json and tests/schema.json.
+"""
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS, SCHEMA = ROOT / "workflows", Path(__file__).with_name("schema.json")
+COLUMN, GAP, LINE = 340, 40, 24  # pixels of the canvas
+SEEDS = ("seed", "noise_seed")
+
+
+def is_link(value) -> bool:
+    return isinstance(value, list)
+
+
+def fields_of(about: dict):
+    """(name, type or list of choices, options) of a node's inputs in the order of its widgets."""
+    for section in ("required", "optional"):
+        for name in about["input_order"].get(section, []):
+            kind, *options = about["input"][section][name]
+            yield name, kind, options[0] if options else {}
+
+
+def depths(graph: dict) -> dict[str, int]:
+    found: dict[str, int] = {}
+    while len(found) < len(graph):
+        for number, node in graph.items():
+            before = [value[0] for value in node["inputs"].values() if is_link(value)]
+            if all(other in found for other in before):
+                found[number] = 1 + max((found[other] for other in before), default=-1)
+    return found
+
+
+def workflow(graph: dict, objects: dict) -> dict:
+    """ComfyUI's saved form (version 0.4) of an API graph."""
+    links, nodes, at, outputs = [], [], {}, {}
+    depth, heights = depths(graph), {}
+    for order, (number, node) in enumerate(sorted(graph.items(), key=lambda entry: (depth[entry[0]], int(entry[0])))):
+        about, inputs, widgets = objects[node["class_type"]], [], []
+        for name, kind, options in fields_of(about):
+            value = node["inputs"].get(name)
+            is_widget = isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            shown = "COMBO" if isinstance(kind, list) else kind
+            if is_widget:
+                widgets.append(value if value is not None else options.get("default"))
+                if name in SEEDS and options.get("control_after_generate"):
+                    widgets.append("fixed")
+                inputs.append({"name": name, "type": shown, "widget": {"name": name}, "link": None})
+            else:
+                inputs.append({"name": name, "type": shown, "link": None})
+            if is_link(value):
+                source, slot = value
+                links.append([len(links) + 1, int(source), slot, int(number), len(inputs) - 1, objects[graph[source]["class_type"]]["output"][slot]])
+                inputs[-1]["link"] = len(links)
+                outputs.setdefault((source, slot), []).append(len(links))
+        height = 40 + LINE * (max(len([i for i in inputs if "widget" not in i]), len(about["output"])) + len(widgets)) + 16
+        if node["class_type"] in ("SaveImage", "PreviewImage"):
+            height += 260
+        if node["class_type"] == "CLIPTextEncode":
+            height += 60
+        top = heights.get(depth[number], 0)
+        heights[depth[number]] = top + height + 2 * GAP
+        at[number] = len(nodes)
+        nodes.append({"id": int(number), "type": node["class_type"], "pos": [depth[number] * (COLUMN + GAP), top], "size": [COLUMN, height], "flags": {}, "order": order, "mode": 0,
+                      "inputs": inputs, "outputs": [], "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": widgets,
+                      **({"title": node["_meta"]["title"]} if "_meta" in node else {})})
+    for number, node in graph.items():
+        about = objects[node["class_type"]]
+        nodes[at[number]]["outputs"] = [{"name": name, "type": kind, "slot_index": slot, "links": outputs.get((number, slot), [])}
+                                        for slot, (name, kind) in enumerate(zip(about["output_name"], about["output"], strict=True))]
+    return {"last_node_id": max(map(int, graph)), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+
+
+def schema(objects: dict) -> dict:
+    """What saved graphs rely on: names and order of inputs and outputs of the pack's nodes."""
+    own = {name: about for name, about in sorted(objects.items()) if name.startswith("MTEO")}
+    kind = lambda value: "COMBO" if isinstance(value, list) else value
+    return {name: {"inputs": [[field, kind(value)] for field, value, _ in fields_of(about)], "outputs": [[a, b] for a, b in zip(about["output_name"], about["output"], strict=True)]}
+            for name, about in own.items()}
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def main() -> int:
+    from tests.server import Server
+
+    with tempfile.TemporaryDirectory() as base:
+        server = Server(Path(os.environ["COMFYUI_PATH"]), Path(base) / "server", ROOT)
+        try:
+            objects = json.loads(server.get("/object_info"))
+        finally:
+            server.stop()
+    for copy in sorted((WORKFLOWS / "api").glob("*.json")):
+        write_json(WORKFLOWS / copy.name, workflow(json.loads(copy.read_text()), objects))
+    write_json(SCHEMA, schema(objects))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

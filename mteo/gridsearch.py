@@ -1,15 +1,24 @@
-"""Where the inner σ of a few steps should lie: tried on the plain model, with the solver's rows solved anew for each choice."""
+"""The plain model's best few steps: where the inner σ lie and what the solver's coefficients are, with no offset at all.
+
+It is where a table with grid "free" starts from, and the honest rival that a table has to beat.
+"""
 import itertools
 
 import torch
+from scipy.optimize import minimize
 
 from .distill import ridge
 from .schedule import karras
-from .tableau import combine, euler_tableau
+from .tableau import Tableau, combine, euler_tableau, with_matrix
 from .teacher import Trajectories
 
 LEVELS = 12  # σ that each inner step may take
 SPREAD = 4.0  # they span the reference grid's σ ÷ SPREAD … × SPREAD
+LOWEST = 0.03  # no inner σ below this
+
+
+def quiet(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
 
 
 def levels(steps: int, sigma_max: float) -> list[list[float]]:
@@ -19,40 +28,60 @@ def levels(steps: int, sigma_max: float) -> list[list[float]]:
     return [[min(float(sigma * SPREAD**r), 0.95 * sigma_max) for r in ramp] for sigma in reference]
 
 
-def solved_error(terms: list[torch.Tensor], end: torch.Tensor, prior: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """(RMSE of the best last row on these terms, the row); float64."""
-    columns = torch.stack([term.flatten().double().cpu() for term in terms], 1)
-    target = end.flatten().double().cpu()
-    row = ridge(columns.T @ columns, columns.T @ target, prior)
-    return float((columns @ row - target).square().mean().sqrt()), row
+def multistep_tableau(grid: torch.Tensor) -> Tableau:
+    """Second-order multistep on denoised in λ = −ln σ between the inner σ (DPM++ 2M, Lu et al. 2022, algorithm 2), Euler to 0."""
+    tableau = euler_tableau(grid)
+    matrix, sigma = tableau.matrix.clone(), grid.double()
+    for k in range(1, len(sigma) - 2):
+        ratio = sigma[k + 1] / sigma[k]
+        over = (sigma[k] / sigma[k + 1]).log() / (sigma[k - 1] / sigma[k]).log() / 2  # 1/(2r)
+        matrix[k + 1] = ratio * matrix[k]
+        matrix[k + 1, k + 1] += (1 - ratio) * (1 + over)
+        matrix[k + 1, k] -= (1 - ratio) * over
+    k = len(sigma) - 2
+    matrix[-1] = 0
+    matrix[-1, k + 1] = 1
+    return with_matrix(tableau, matrix)
 
 
-def search_grid(denoise, pairs: Trajectories, steps: int, sigma_max: float, progress=lambda *a, **k: None) -> torch.Tensor:
-    """[steps + 1] σ: the best of LEVELS × LEVELS for three steps, two rounds of one σ at a time for more.
+class Plain:
+    """Calls of the plain model on the same pairs, each made once; denoise(x, sigma, pairs) -> D."""
 
-    denoise(x, sigma, pairs) -> D of the plain model. Euler between the steps, the last row solved for each grid.
-    """
-    choices, memory = levels(steps, sigma_max), {}
+    def __init__(self, denoise, pairs: Trajectories):
+        self.denoise, self.pairs, self.known = denoise, pairs, {}
 
-    def error(inner: tuple[float, ...]) -> float:
-        grid = torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64)
-        tableau, terms = euler_tableau(grid), [pairs.start]
-        for call, sigma in enumerate(grid[:-1].tolist()):
-            known = (*inner[:call], "D")
-            if known not in memory:  # D of a call depends on the σ up to it alone
-                if call + 1 == steps:
-                    terms.append(denoise(combine(tableau.matrix[call], terms), sigma, pairs))
-                    continue
-                memory[known] = denoise(combine(tableau.matrix[call], terms), sigma, pairs)
-            terms.append(memory[known])
-        return solved_error(terms, pairs.end, tableau.matrix[-1])[0]
+    def terms(self, tableau: Tableau) -> list[torch.Tensor]:
+        """[x_T, D_0, …]; all calls but the last are remembered."""
+        terms, past = [self.pairs.start], ()
+        for call, sigma in enumerate(tableau.sigmas.tolist()):
+            past = (*past, round(sigma, 7), *(round(value, 9) for value in tableau.matrix[call].tolist()))
+            denoised = self.known.get(past)
+            if denoised is None:
+                denoised = self.denoise(combine(tableau.matrix[call], terms), sigma, self.pairs)
+                if call + 1 < len(tableau.sigmas) and len(self.known) < 64:
+                    self.known[past] = denoised
+            terms.append(denoised)
+        return terms
+
+    def solved(self, tableau: Tableau) -> tuple[float, Tableau]:
+        """(RMSE with the best last row, the tableau with it); float64 least squares."""
+        columns = torch.stack([term.flatten().double().cpu() for term in self.terms(tableau)], 1)
+        target = self.pairs.end.flatten().double().cpu()
+        matrix = tableau.matrix.clone()
+        matrix[-1] = ridge(columns.T @ columns, columns.T @ target, matrix[-1])
+        return float((columns @ matrix[-1] - target).square().mean().sqrt()), with_matrix(tableau, matrix)
+
+
+def search_grid(plain: Plain, steps: int, sigma_max: float, progress=quiet) -> Tableau:
+    """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more; last row solved."""
+    choices = levels(steps, sigma_max)
 
     def best_of(candidates: list[tuple[float, ...]]) -> tuple[float, ...]:
         falling = [inner for inner in candidates if all(a > 1.05 * b for a, b in itertools.pairwise(inner))]
         scores = []
         for i, inner in enumerate(falling):
             progress("grid", i, len(falling))
-            scores.append((error(inner), inner))
+            scores.append((plain.solved(multistep_tableau(torch.tensor([sigma_max, *inner, 0.0])))[0], inner))
         return min(scores)[1]
 
     if steps <= 3:
@@ -62,5 +91,33 @@ def search_grid(denoise, pairs: Trajectories, steps: int, sigma_max: float, prog
         for _ in range(2):
             for i in range(len(best)):
                 best = best_of([(*best[:i], value, *best[i + 1 :]) for value in choices[i]] + [best])
-                memory.clear()
-    return torch.tensor([sigma_max, *best, 0.0])
+    return plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1]
+
+
+def refine(plain: Plain, start: Tableau, trials: int, progress=quiet) -> Tableau:
+    """Inner σ and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
+    calls, sigma_max = len(start.sigmas), float(start.sigmas[0])
+    places = [(row, column) for row in range(1, calls) for column in range(row + 1)]
+    done = itertools.count()
+
+    def tableau_of(change) -> Tableau:
+        inner = [float(sigma * 2.0**step) for sigma, step in zip(start.sigmas[1:].tolist(), change[: calls - 1], strict=True)]
+        tableau = euler_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
+        scaled = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64)).matrix
+        for (row, column), value in zip(places, change[calls - 1 :], strict=True):
+            scaled[row, column] += value / (sigma_max if column == 0 else 1.0)
+        scaled[-1] = start.matrix[-1]
+        return with_matrix(tableau, scaled)
+
+    def error(change) -> float:
+        progress("solver's rows", min(next(done), trials), trials)
+        tableau = tableau_of(change)
+        falling = [*tableau.sigmas.tolist(), LOWEST]
+        if not all(a > b for a, b in itertools.pairwise(falling)):
+            return 1e3
+        return plain.solved(tableau)[0]
+
+    size = calls - 1 + len(places)
+    simplex = [[0.0] * size] + [[0.2 * (i == j) for j in range(size)] for i in range(size)]
+    found = minimize(error, simplex[0], method="Nelder-Mead", options=dict(maxfev=trials, initial_simplex=simplex, xatol=1e-3, fatol=1e-5))
+    return plain.solved(tableau_of(found.x))[1]

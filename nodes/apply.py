@@ -1,9 +1,13 @@
 """Apply MTEO: MODEL, SAMPLER and SIGMAS that belong together."""
+import inspect
+
 from comfy_api.latest import io
 
 from ..mteo.comfyui.sampling import applied
 from .embeddings import MTEOEmbeddings
 
+# Older ComfyUI (0.3.75) has no advanced inputs: there they are shown with the others.
+ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 POLICY_HELP = (
     "What to do on other sigmas than the trained ones. error = stop before sampling with a sentence; interpolate = blend the two rows around; "
     "nearest = take the nearest row; off = no check, rows act only on their own sigmas."
@@ -27,7 +31,7 @@ def strength_input():
 
 
 def off_grid_input():
-    return io.Combo.Input("off_grid", options=["error", "interpolate", "nearest", "off"], default="error", tooltip=POLICY_HELP, advanced=True)
+    return io.Combo.Input("off_grid", options=["error", "interpolate", "nearest", "off"], default="error", tooltip=POLICY_HELP, **ADVANCED)
 
 
 class ApplyEmbeddings(io.ComfyNode):

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..mteo.comfyui.sampling import sample_latent
-from .apply import off_grid_input, shared_inputs, steps_input, strength_input
+from .apply import ADVANCED, off_grid_input, shared_inputs, steps_input, strength_input
 
 
 class KSampler(io.ComfyNode):
@@ -22,9 +22,9 @@ class KSampler(io.ComfyNode):
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, usually an empty one."),
                 strength_input(),
                 io.Int.Input("start_step", default=0, min=0, max=64, tooltip="0 = from pure noise. Later starts need a table that was trained for them."),
-                io.Int.Input("end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", advanced=True),
-                io.Boolean.Input("add_noise", default=True, tooltip="Off: the latent is taken as it is, already noisy.", advanced=True),
-                io.Boolean.Input("return_with_leftover_noise", default=False, tooltip="With an early end_step: on = the noisy latent, off = the model's estimate of the picture.", advanced=True),
+                io.Int.Input("end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", **ADVANCED),
+                io.Boolean.Input("add_noise", default=True, tooltip="Off: the latent is taken as it is, already noisy.", **ADVANCED),
+                io.Boolean.Input("return_with_leftover_noise", default=False, tooltip="With an early end_step: on = the noisy latent, off = the model's estimate of the picture.", **ADVANCED),
                 off_grid_input(),
                 io.Conditioning.Input("negative", optional=True, tooltip="What it should not show; needed where cfg is not 1."),
             ],

@@ -95,9 +95,8 @@ def test_saved_graphs_keep_working(objects):
 def test_every_input_has_a_tooltip(objects):
     for name, about in objects.items():
         if name.startswith("MTEO"):
-            for section in about["input"].values():
-                for field, value in section.items():
-                    assert len(value) > 1 and value[1].get("tooltip"), f"{name}.{field}"
+            for field, _, options in fields_of(about):
+                assert options.get("tooltip"), f"{name}.{field}"
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

@@ -12,11 +12,11 @@ import torch
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import Embeddings, Table, load_embeddings, save_embeddings
 from ..errors import MTEOError
-from ..gridsearch import search_grid
+from ..gridsearch import Plain, refine, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_sites
-from ..tableau import Tableau, euler_tableau, execute
+from ..tableau import Tableau, euler_tableau, execute, with_matrix
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
 from .patch import KEY, apply_embeddings, model_fingerprint
@@ -90,16 +90,24 @@ def with_table(private, embeddings: Embeddings):
 def choose_solver(session: Session, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
     if isinstance(grid, str):
-        pairs = gather(session, teacher_tableau(session, karras_of(session, recipe.teacher_steps)), None, recipe, SEARCH, min(64, recipe.pictures), prompts, None, progress)
-        denoise = lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
+        teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
+        pairs = gather(session, teacher, None, recipe, SEARCH, min(64, recipe.pictures), prompts, None, progress)
+        plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
         with torch.no_grad():
-            grid = search_grid(denoise, pairs, recipe.steps, float(session.sampling.sigma_max), progress)
-    if recipe.solver == "euler" and sampler is None:
-        tableau = euler_tableau(grid)
+            tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), progress)
+            if recipe.rows == "all":
+                tableau = refine(plain, tableau, 20 * recipe.steps**2, progress)
+        grid = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+    if sampler is None and recipe.solver == "euler":
+        base = euler_tableau(grid)
     else:
-        tableau = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
+        base = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
+    if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:
+        tableau = with_matrix(base, tableau.matrix)  # training starts from the rows that were found
+    else:
+        tableau = base
     timesteps = [float(session.sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Table(recipe.steps, grid.tolist(), timesteps, name, tableau, {}, solver_options=dict(getattr(sampler, "extra_options", {})))
+    return Table(recipe.steps, grid.tolist(), timesteps, name, tableau, {}, base=base, solver_options=dict(getattr(sampler, "extra_options", {})))
 
 
 def karras_of(session: Session, steps: int) -> torch.Tensor:
@@ -155,7 +163,7 @@ def train(session: Session, patch, table: Table, recipe: Recipe, prompts: int, s
 
     best, tableau, state = distill(denoise, offsets, table.tableau, pairs, held_out, recipe,
                                    state=store.read_state(session.device), progress=told)
-    table.base = table.tableau if recipe.rows != "solver" else None
+    table.base = table.base if recipe.rows != "solver" else None
     table.offsets, table.tableau = {path: rows.detach().cpu() for path, rows in best.items()}, tableau
     table.record = dict(recipe=recipe.facts(), log=state.log, prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
 

@@ -1,0 +1,1 @@
+"""Figures that the project states, each made by `python -m bench NAME`."""

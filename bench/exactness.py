@@ -1,0 +1,83 @@
+"""Does a table that does nothing change no bit, and does a solver's table give what the solver gives? On the processor."""
+import argparse
+import gc
+
+import comfy.sample
+import comfy.samplers
+import torch
+
+from mteo.comfyui.patch import apply_embeddings, remove_embeddings
+from mteo.comfyui.solver import read_tableau, tableau_sampler
+from mteo.embeddings import Embeddings, Table
+from mteo.sites import find_sites
+
+from .parts import named_grids, parts
+
+SOLVERS = ("euler", "heun", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc")
+
+
+def run(arguments: list[str]) -> dict:
+    argparse.ArgumentParser(prog="python -m bench exactness", description=__doc__).parse_args(arguments)
+    own, failures, cases = parts(5, 1, True), [], 0
+    with torch.inference_mode():
+        for solver in SOLVERS:
+            for cfg in (1.0, 4.0):
+                for batch in (1, 4):
+                    for start in (0, 2):  # a full denoise, and one that starts at the third of five steps
+                        for case, equal in unchanged(own, solver, cfg, batch, start):
+                            cases += 1
+                            if not equal:
+                                failures.append(f"{case}: {solver}, cfg {cfg:g}, batch {batch}, start {start}")
+        errors = {f"{solver}/{grid}/{steps}": solver_error(own, solver, grid, steps) for solver in SOLVERS for grid in ("normal", "karras", "sgm_uniform", "beta") for steps in (3, 4)}
+    worst = max(errors, key=errors.get)
+    print(f"{cases} cases, {len(failures)} failed; largest solver error {errors[worst]:.2g} at {worst}")
+    return {"bit_identical": not failures, "solver_error": errors[worst], "cases": cases, "failures": failures}
+
+
+def latent(own, sampler, sigmas, cfg, batch=1, model=None, callback=None, full=True):
+    """The sampled latent; a partial denoise starts from a latent that is not empty."""
+    empty = own.latent.expand(batch, -1, -1, -1).contiguous()
+    start = empty if full else 0.3 * comfy.sample.prepare_noise(empty, 5)
+    noise = comfy.sample.prepare_noise(empty, 3)
+    return comfy.sample.sample_custom(model or own.model, noise, cfg, sampler, sigmas.clone(), own.positives[0], own.negative, start, callback=callback, disable_pbar=True, seed=3)
+
+
+def table_of(own, solver: str, sigmas, fill: float) -> Embeddings:
+    sampling = own.model.get_model_object("model_sampling")
+    tableau = read_tableau(comfy.samplers.sampler_object(solver), sigmas, sampling, solver)
+    offsets = {site.path: torch.full((len(tableau.row_sigmas), site.width), fill) for site in find_sites(own.model.model.diffusion_model, "embedding")}
+    times = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
+    return Embeddings({len(sigmas) - 1: Table(len(sigmas) - 1, sigmas.tolist(), times, solver, tableau, offsets)}, "embedding")
+
+
+def unchanged(own, solver: str, cfg: float, batch: int, start: int):
+    """(case, is it bit for bit the unpatched model's latent)"""
+    sigmas = named_grids(own.model.get_model_object("model_sampling"), 5 if start else 3)["sgm_uniform"][start:]
+    sampler = comfy.samplers.sampler_object(solver)
+    take = lambda model, **more: latent(own, sampler, sigmas, cfg, batch, model, full=not start, **more)
+    plain = take(own.model)
+    zero, _ = apply_embeddings(own.model, table_of(own, solver, sigmas, 0.0))
+    filled, _ = apply_embeddings(own.model, table_of(own, solver, sigmas, 0.2))
+    moved = take(filled)
+    yield "a table that is not zero acts", not torch.equal(moved, plain)
+    yield "zero table", torch.equal(take(zero), plain)
+    off, _ = apply_embeddings(own.model, table_of(own, solver, sigmas, 0.2), strength=0.0)
+    yield "strength 0", torch.equal(take(off), plain)
+    yield "removed", torch.equal(take(remove_embeddings(filled.clone())), plain)
+
+    def drop_a_clone(*told):
+        clone = zero.clone()
+        del clone
+        gc.collect()
+
+    yield "a clone dropped in mid-sampling", torch.equal(take(zero, callback=drop_a_clone), plain)
+    yield "the unpatched model afterwards", torch.equal(take(own.model), plain)
+
+
+def solver_error(own, solver: str, grid: str, steps: int) -> float:
+    """Largest difference of ComfyUI's sampler and its table on the real model, relative to the largest value."""
+    sampling = own.model.get_model_object("model_sampling")
+    sigmas, sampler = named_grids(sampling, steps)[grid], comfy.samplers.sampler_object(solver)
+    one = latent(own, sampler, sigmas, 4.0)
+    two = latent(own, tableau_sampler(read_tableau(sampler, sigmas, sampling, solver)), sigmas, 4.0)
+    return float((one - two).abs().max() / one.abs().max())

@@ -1,0 +1,161 @@
+"""Does the table help on noise and prompts that nothing was chosen on? Three steps, cfg 1 and 4, against every plain rival.
+
+Solver, grid, σ and stopping are chosen on validation pairs, figures are of test pairs: RMSE to the 24-step teacher ÷ its spread.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from mteo.distill import distill
+from mteo.embeddings import Embeddings, Table, load_embeddings
+from mteo.gridsearch import Plain, refine, search_grid
+from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
+from mteo.recipe import Recipe
+from mteo.sites import find_sites
+from mteo.tableau import combine, euler_tableau, with_matrix
+from mteo.teacher import Trajectories
+
+from .parts import Remembered, batched, named_grids, parts, solver_tableau, stage, teacher_pairs, weights_name
+
+ROOT = Path(__file__).resolve().parent.parent
+SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
+SAME = ("euler", "ipndm", "dpmpp_2m")
+CFGS = (1.0, 4.0)
+STEPS = 3
+TRIALS = 180  # of σ and coefficients for the rival, the same number that a recipe with a free grid takes
+
+
+def run(arguments: list[str]) -> dict:
+    parser = argparse.ArgumentParser(prog="python -m bench heldout", description=__doc__)
+    parser.add_argument("--validation", type=int, default=512)
+    parser.add_argument("--test", type=int, default=1024)
+    parser.add_argument("--search", type=int, default=128, help="validation pairs that the search for σ and rows looks at")
+    parser.add_argument("--pictures", type=int, default=768, help="training pairs of the tables that are trained here")
+    parser.add_argument("--iterations", type=int, default=80, help="optimiser steps of them")
+    parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
+    told = parser.parse_args(arguments)
+    folder = ROOT / "runs" / "bench" / f"heldout-{weights_name()}-{told.validation}-{told.test}-{told.search}-{told.pictures}-{told.iterations}"
+    seen, fresh = parts(1, 256, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
+    pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), (cfg,), 1000 + len(split)) for cfg in CFGS} for split in fresh}
+    train = stage(folder, "pairs-train", teacher_pairs, seen, told.pictures, CFGS, 1)
+    held_out = stage(folder, "pairs-held-out", teacher_pairs, seen, 96, CFGS, 2)
+
+    plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in CFGS}
+    free = {cfg: stage(folder, f"free-{cfg:g}", free_rival, fresh["validation"], pairs["validation"][cfg], told.search) for cfg in CFGS}
+    shipped = load_embeddings(told.table)
+    tables = {"offsets with rows, free grid": shipped}
+    for solver in SAME:
+        grid = min(plain[1.0][solver], key=lambda name, s=solver: sum(plain[cfg][s][name] for cfg in CFGS))
+        tables[f"offsets with rows, {solver}/{grid}"] = stage(folder, f"table-{solver}", train_table, seen, solver, grid, train, held_out, told.iterations, "last")
+        if solver == "euler":
+            tables[f"offsets only, {solver}/{grid}"] = stage(folder, "table-offsets-only", train_table, seen, solver, grid, train, held_out, told.iterations, "solver")
+    return report(told, folder, fresh, pairs, plain, free, tables)
+
+
+def named(own, pairs: Trajectories) -> dict[str, dict[str, float]]:
+    """{solver: {grid: nRMSE}} of the plain model."""
+
+    def work(session):
+        memory, grids = Remembered(session, pairs), named_grids(session.sampling, STEPS)
+        return {solver: {grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
+                         for grid, sigmas in grids.items()} for solver in SOLVERS}
+
+    return own.session(work)
+
+
+def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[float], torch.Tensor]]:
+    """The plain model at its best, for this cfg alone: {"grid only" (Euler on the searched σ), "grid, last row", "grid, all rows"} ->
+    (σ, matrix). 12 × 12 inner σ with the last row solved for each; then σ and all inner coefficients by Nelder–Mead on `count` pairs, the last
+    row solved each time; the last row once more on all validation pairs."""
+
+    def work(session):
+        denoise = lambda x, sigma, part: batched(session, part)(x, sigma)
+        some, more, whole = (Plain(denoise, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
+        found = search_grid(some, STEPS, float(session.sampling.sigma_max))
+        euler = euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)]))
+        kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS))[1]}
+        return {name: (tableau.sigmas.tolist(), tableau.matrix) for name, tableau in kept.items()}
+
+    return own.session(work)
+
+
+def train_table(seen, solver: str, grid: str, train: Trajectories, held_out: Trajectories, iterations: int, rows: str) -> Embeddings:
+    """A table for a named solver on a named grid, on pairs that all of them share."""
+    recipe = Recipe(steps=STEPS, solver=solver, grid=grid, rows=rows, guidance=CFGS, iterations=iterations, batch=32, validate_every=20)
+    network = seen.model.model.diffusion_model
+    sampling = seen.model.get_model_object("model_sampling")
+    sigmas = named_grids(sampling, STEPS)[grid]
+    tableau = solver_tableau(solver, sigmas, sampling)
+    offsets = {site.path: torch.zeros(len(tableau.row_sigmas), site.width) for site in find_sites(network, recipe.space)}
+    times = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
+    table = Table(STEPS, sigmas.tolist(), times, solver, tableau, offsets)
+    embeddings = Embeddings({STEPS: table}, recipe.space)
+
+    def work(session):
+        tell = lambda state, line: print(f"[bench] {solver}/{grid} {rows}: {line}", flush=True) if line else None
+        return distill(lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), session.offsets.table, tableau, train, held_out, recipe, progress=tell)
+
+    best, solved, state = seen.session(work, embeddings)
+    table.base = tableau if rows != "solver" else None
+    table.tableau, table.offsets, table.record = solved, {path: value.detach() for path, value in best.items()}, dict(log=state.log)
+    return embeddings
+
+
+def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
+    """nRMSE of each test picture."""
+    return own.session(lambda session: per_picture(combine(tableau.matrix[-1], Remembered(session, pairs).terms(tableau, keep=False)), pairs.end), embeddings)
+
+
+def report(told, folder, fresh, pairs, plain, free, tables) -> dict:
+    """Every row on the test pairs; the three ratios are of the worst cfg, with that cfg's interval."""
+    sampling = fresh["test"].model.get_model_object("model_sampling")
+    grids = named_grids(sampling, STEPS)
+    rows, ratios = {}, {"same": [], "named": [], "free": []}
+    for cfg in CFGS:
+        own, test = fresh["test"], pairs["test"][cfg]
+        errors = {}
+        for name, embeddings in tables.items():
+            errors[name] = stage(folder, f"test-{cfg:g}-{name.replace('/', '-')}", test_errors, own, test, embeddings.tables[STEPS].tableau, embeddings)
+        solver, grid = min(((s, g) for s in SOLVERS for g in grids), key=lambda sg: plain[cfg][sg[0]][sg[1]])
+        best_named = f"plain, best named: {solver}/{grid}"
+        errors[best_named] = stage(folder, f"test-{cfg:g}-named", test_errors, own, test, solver_tableau(solver, grids[grid], sampling))
+        for name, (sigmas, matrix) in free[cfg].items():
+            tableau = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
+            errors[f"plain, free {name}"] = stage(folder, f"test-{cfg:g}-free-{name.replace(' ', '-')}", test_errors, own, test, tableau)
+        for name in tables:
+            if name.startswith("offsets with rows") and "/" in name:
+                same, named_grid = name.split(", ")[1].split("/")
+                errors[f"plain, {same}/{named_grid}"] = stage(folder, f"test-{cfg:g}-plain-{same}", test_errors, own, test, solver_tableau(same, grids[named_grid], sampling))
+                ratios["same"].append(paired_bootstrap_ratio(errors[name], errors[f"plain, {same}/{named_grid}"]))
+        best = min((name for name in tables), key=lambda name: float(errors[name].square().mean()))
+        best_free = min((name for name in errors if name.startswith("plain, free")), key=lambda name: float(errors[name].square().mean()))
+        ratios["named"].append(paired_bootstrap_ratio(errors[best], errors[best_named]))
+        ratios["free"].append(paired_bootstrap_ratio(errors[best], errors[best_free]))
+        rows[f"cfg {cfg:g}"] = {name: dict(pooled=round(float(e.square().mean().sqrt()), 4), mean=round(float(e.mean()), 4), median=round(float(e.median()), 4)) for name, e in errors.items()}
+        finer = stage(folder, f"teacher-48-{cfg:g}", teacher_pairs, own, 64, (cfg,), 1004, 48)
+        coarse = stage(folder, f"teacher-24-{cfg:g}", teacher_pairs, own, 64, (cfg,), 1004)
+        rows[f"cfg {cfg:g}"]["teacher, 24 steps to 48"] = nrmse(coarse.end, finer.end)
+    result = {}
+    for name, values in ratios.items():
+        worst = max(values)
+        result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
+    logs = {name: embeddings.tables[STEPS].record.get("log", []) for name, embeddings in tables.items()}
+    result |= dict(validation=told.validation, test=told.test, weights=weights_name(), rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=logs)
+    show(rows, plain)
+    (ROOT / "bench" / "results").mkdir(exist_ok=True)
+    (ROOT / "bench" / "results" / "heldout.json").write_text(json.dumps(result, indent=1) + "\n")
+    return {name: value for name, value in result.items() if name.startswith("ratio") or name in ("validation", "test", "weights")}
+
+
+def show(rows, plain) -> None:
+    for cfg, own in rows.items():
+        print(f"\n{cfg}, test pairs: nRMSE pooled, mean, median")
+        for name, value in sorted(own.items(), key=lambda entry: -entry[1]["pooled"]):
+            print(f"  {name:48} {value['pooled']:.4f} {value['mean']:.4f} {value['median']:.4f}")
+    for cfg, own in plain.items():
+        print(f"\ncfg {cfg:g}, validation pairs, plain named grids: nRMSE pooled")
+        print("  " + " " * 14 + " ".join(f"{grid:>11}" for grid in next(iter(own.values()))))
+        for solver, values in own.items():
+            print(f"  {solver:14}" + " ".join(f"{value:11.4f}" for value in values.values()))

@@ -1,0 +1,123 @@
+"""What the benches share: the reference model with prompts, teacher pairs, and samplers run as tables with their calls remembered."""
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.samplers
+import torch
+
+from mteo.comfyui.session import private_copy, run_session, training_mode
+from mteo.comfyui.solver import read_tableau
+from mteo.comfyui.training import karras_of, teacher_tableau, with_table
+from mteo.embeddings import Embeddings
+from mteo.tableau import Tableau, combine, execute
+from mteo.teacher import Trajectories
+from reference.objects import WEIGHTS, make_clip, make_model
+from reference.scenes import draw_names, prompts
+from trainer.comfyui import empty_latent, encode
+
+BATCH, TEACHER_STEPS = 64, 24
+
+
+@dataclass
+class Parts:
+    """The model and its conditions; `positives` hold one prompt each."""
+
+    model: object
+    positives: list
+    negative: object
+    latent: torch.Tensor
+
+    def session(self, work, embeddings: Embeddings | None = None):
+        """work(session), with a table on the model where one is given; gradients are on."""
+        with training_mode():
+            private = private_copy(self.model)
+            if embeddings is not None:
+                private, _ = with_table(private, embeddings)
+            return run_session(private, self.positives, self.negative, self.latent, work)
+
+
+def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
+    """The reference model with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
+    with torch.inference_mode():
+        model, clip = make_model(), make_clip()
+        texts = prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs))
+        return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
+
+
+def weights_name() -> str:
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+
+
+def stage(folder: Path, name: str, make, *arguments):
+    """make(*arguments), or what an earlier run of the same stage wrote."""
+    path = folder / f"{name}.pt"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        value = make(*arguments)
+        torch.save(value, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+        print(f"[bench] {name}", flush=True)
+    return torch.load(path, weights_only=False)
+
+
+def batched(session, pairs: Trajectories):
+    """denoise(x, sigma) over all pairs in batches, without gradient."""
+
+    def denoise(x, sigma):
+        with torch.no_grad():
+            return torch.cat([session.denoise(x[i : i + BATCH], sigma, pairs.item[i : i + BATCH], pairs.guidance[i : i + BATCH]) for i in range(0, len(x), BATCH)])
+
+    return denoise
+
+
+def teacher_pairs(own: Parts, count: int, cfgs: tuple[float, ...], seed: int, steps: int = TEACHER_STEPS) -> Trajectories:
+    """Starts and teacher end points: prompt and cfg in turn, noise by `seed`."""
+
+    def work(session):
+        index = torch.arange(count)
+        item, guidance = (index // len(cfgs)) % len(own.positives), torch.tensor(cfgs, dtype=torch.float64)[index % len(cfgs)]
+        start = session.start(session.noise(count, seed), session.sampling.sigma_max)
+        pairs = Trajectories(start, torch.zeros(count, 0), start, item, guidance)
+        denoise = batched(session, pairs)
+        pairs.end = execute(teacher_tableau(session, karras_of(session, steps)), lambda x, call, sigma: denoise(x, sigma), start)
+        return pairs
+
+    return own.session(work)
+
+
+class Remembered:
+    """Calls of samplers on the same pairs: a call whose past is equal is made once."""
+
+    def __init__(self, session, pairs: Trajectories):
+        self.denoise, self.pairs, self.known = batched(session, pairs), pairs, {}
+
+    def terms(self, tableau: Tableau, keep: bool = True) -> list[torch.Tensor]:
+        """[x_T, D_0, …] of a table."""
+        terms, past = [self.pairs.start], ()
+        for call, sigma in enumerate(tableau.sigmas.tolist()):
+            past = (*past, round(sigma, 6), tuple(round(value, 8) for value in tableau.matrix[call].tolist()))
+            if past not in self.known:
+                denoised = self.denoise(combine(tableau.matrix[call], terms), sigma)
+                if not keep and call + 1 == len(tableau.sigmas):
+                    return [*terms, denoised]
+                self.known[past] = denoised
+            terms.append(self.known[past])
+        return terms
+
+
+def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:
+    """[steps + 1] σ by name: ComfyUI's schedulers, Align Your Steps, GITS; all start at the model's sigma_max."""
+    from comfy_extras.nodes_align_your_steps import AlignYourStepsScheduler
+    from comfy_extras.nodes_gits import GITSScheduler
+
+    grids = {name: comfy.samplers.calculate_sigmas(sampling, name, steps) for name in ("normal", "simple", "karras", "exponential", "sgm_uniform", "beta", "kl_optimal")}
+    grids["AYS"] = AlignYourStepsScheduler.execute("SD1", steps, 1.0).result[0]
+    grids["GITS"] = GITSScheduler.execute(1.20, steps, 1.0).result[0]
+    for sigmas in grids.values():
+        sigmas[0] = sampling.sigma_max
+    return {name: sigmas.float() for name, sigmas in grids.items()}
+
+
+def solver_tableau(name: str, sigmas: torch.Tensor, sampling) -> Tableau:
+    return read_tableau(comfy.samplers.sampler_object(name), sigmas, sampling, name)

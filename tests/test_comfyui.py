@@ -197,3 +197,101 @@ def test_picture_survives_the_linear_vae(comfy_objects):
         picture = nodes.VAEDecode().decode(vae, {"samples": latent * 0.05})[0]
         again = nodes.VAEEncode().encode(vae, picture)[0]["samples"]
         assert picture.shape == (2, 64, 64, 3) and torch.allclose(again, latent * 0.05, atol=1e-3)
+
+
+def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects):
+    """Plain, table, plain, table on one compiled model: each bit for bit as without compiling."""
+    import comfy.samplers
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    from mteo.comfyui.patch import apply_embeddings
+    from reference.objects import make_model
+
+    _, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        model = make_model(disable_dynamic=True)
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        embeddings = zero_embeddings(model, sampler, sigmas, fill=0.3)
+        run = lambda patcher: sample(patcher, positive, negative, sampler, sigmas.clone(), 1.0)
+        plain, moved = run(model), run(apply_embeddings(model, embeddings)[0])
+        compiled = model.clone()
+        set_torch_compile_wrapper(model=compiled, backend="eager")
+        patched = apply_embeddings(compiled, embeddings)[0]
+        for patcher, wanted in ((compiled, plain), (patched, moved), (compiled, plain), (patched, moved)):
+            assert torch.allclose(run(patcher), wanted, atol=1e-6)
+        assert not torch.allclose(plain, moved, atol=1e-2)
+
+
+def test_the_model_as_it_was_after_an_error_in_mid_sampling(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        plain = sample(model, positive, negative, sampler, sigmas.clone())
+        patched, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas, fill=0.3))
+
+        def fail(*told):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sample(patched, positive, negative, sampler, sigmas.clone(), callback=fail)
+        assert patched.get_attachment("mteo").offsets.current is None
+        assert torch.equal(sample(model, positive, negative, sampler, sigmas.clone()), plain)
+
+
+def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
+    """A table with corrected rows, stopped after two steps, leaves the x of the third call."""
+    from mteo.comfyui.sampling import sample_latent
+    from mteo.tableau import with_matrix
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        import comfy.samplers
+
+        embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model), fill=0.1)
+        table = embeddings.tables[3]
+        table.base, table.tableau = table.tableau, with_matrix(table.tableau, table.tableau.matrix * 1.01)
+        latent = {"samples": torch.zeros(1, 32, 8, 8), "downscale_ratio_spacial": 8}
+        take = lambda **more: sample_latent(model, embeddings, latent, 5, positive, negative, cfg=4.0, **more)["samples"]
+        noisy, early, whole = take(end_step=2, leftover_noise=True), take(end_step=2), take()
+        assert noisy.std() > early.std() > 0 and not torch.equal(early, whole)
+
+
+def test_another_model_sampling_is_refused_by_its_times(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import require_timesteps
+    from mteo.errors import MTEOError
+
+    model = comfy_objects[0]
+    table = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model)).tables[3]
+
+    class Other:
+        def timestep(self, sigma):
+            return sigma.log() / 4  # EDM's
+
+    require_timesteps(table, model.get_model_object("model_sampling"))
+    with pytest.raises(MTEOError, match="remove the node that changes the model's sampling"):
+        require_timesteps(table, Other())
+
+
+def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objects, caplog):
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings, model_fingerprint
+    from mteo.errors import MTEOError
+
+    model = comfy_objects[0]
+    embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model))
+    own = model_fingerprint(model, list(embeddings.tables[3].offsets))
+    for scale, warned in ((1.0, False), (1.02, False), (1.2, True)):
+        caplog.clear()
+        embeddings.model["fingerprint"] = {path: [scale * value for value in values] for path, values in own.items()}
+        apply_embeddings(model, embeddings)
+        assert ("sibling" in caplog.text) == warned
+    embeddings.model["fingerprint"] = {path: [-value for value in values] for path, values in own.items()}
+    with pytest.raises(MTEOError, match="distilled for another model"):
+        apply_embeddings(model, embeddings)

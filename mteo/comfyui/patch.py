@@ -17,6 +17,7 @@ from ..tableau import Tableau, with_matrix
 from .solver import read_tableau, sampler_name
 
 KEY = "mteo"
+KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
 SAME_SIGMA = 1e-4  # relative distance under which two σ are one: samplers differ by float32 rounding
 SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
 POLICIES = ("error", "interpolate", "nearest", "off")
@@ -36,8 +37,17 @@ class Patch:
         self.handles: dict[int, list] = {}
 
     def inject(self, patcher) -> None:
-        if id(patcher) not in self.handles:
-            forget_compiled(patcher)
+        kept = getattr(patcher.model, KEPT, None)
+        if id(patcher) in self.handles or (kept and kept[0] is self):
+            return
+        if "torch_compile_kwargs" in patcher.model_options:
+            # Dynamo does not guard on hooks: what was compiled without them is forgotten once, then the hooks stay (and do nothing
+            # while no offset is selected), so that no variant without them is compiled in between [2].
+            if kept:
+                detach(kept[1])
+            torch._dynamo.reset()
+            setattr(patcher.model, KEPT, (self, attach(patcher.model.diffusion_model, self.offsets, self.space)))
+        else:
             self.handles[id(patcher)] = attach(patcher.model.diffusion_model, self.offsets, self.space)
 
     def eject(self, patcher) -> None:
@@ -85,12 +95,6 @@ def between(rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     share = ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)[:, None]
     one = lambda index: torch.nn.functional.one_hot(order[index], len(rows)).float()
     return (1 - share) * one(low) + share * one(high)
-
-
-def forget_compiled(patcher) -> None:
-    """torch.compile does not guard on hooks that are added later: a model that was compiled plain must be compiled again [2]."""
-    if "torch_compile_kwargs" in getattr(patcher, "model_options", {}):
-        torch._dynamo.reset()
 
 
 def scaled_tableau(table: Table, strength: float) -> Tableau:

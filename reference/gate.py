@@ -1,0 +1,142 @@
+"""Is the reference model good enough to measure few steps on? python -m reference.gate --comfyui PATH
+
+A small classifier, trained on scenes that went through the linear VAE, reads the model's pictures; then diversity, copies and the
+best plain 3-step error. Writes gate.json and samples.jpg beside this file. The classifier is kept in `runs/gate`.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from trainer.comfyui import find_root, open_comfyui
+
+from . import latents, scenes
+from .vocabulary import DRAWINGS
+
+HERE = Path(__file__).parent
+BOUNDS = {"recall": 0.80, "two_seeds": 0.5, "copies": 0.05, "plain_3_steps": 0.20}
+CFGS = (1.0, 4.0)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(8, width)
+        self.one, self.two = torch.nn.Conv2d(width, width, 3, padding=1), torch.nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.two(F.silu(self.one(F.silu(self.norm(x)))))
+
+
+class Classifier(torch.nn.Module):
+    """Which drawings a latent [B, 32, 8, 8] (equivalent to its decoded picture) holds: scores [B, drawings]."""
+
+    def __init__(self, width: int = 160):
+        super().__init__()
+        self.first = torch.nn.Conv2d(latents.CHANNELS, width, 3, padding=1)
+        self.blocks = torch.nn.Sequential(*(Block(width) for _ in range(4)))
+        self.last = torch.nn.Linear(2 * width, len(DRAWINGS))
+
+    def forward(self, x):
+        x = F.silu(self.blocks(self.first(x)))
+        return self.last(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
+def real(count: int, sprites, vae, pca, generator, unseen_pairs: bool = False):
+    """(names [count, 2], latents of unit-like scale) of composed scenes."""
+    names = scenes.draw_names(count, generator, unseen_pairs)
+    raw = vae.encode(scenes.compose(names, sprites, generator))
+    return names, (raw - pca["mean"].view(1, -1, 1, 1)) * pca["scale"].view(1, -1, 1, 1)
+
+
+def targets(names: torch.Tensor) -> torch.Tensor:
+    """[B, drawings]: 1/n at each of the n named drawings."""
+    hot = F.one_hot(names.clamp_min(0), len(DRAWINGS)).float() * (names >= 0)[..., None]
+    return hot.sum(1) / (names >= 0).sum(1, keepdim=True)
+
+
+def recognised(classifier, x: torch.Tensor, names: torch.Tensor) -> dict[str, float]:
+    """Share of the named drawings among the n highest scores (n = how many are named), and of pictures with all of them."""
+    with torch.no_grad():
+        order = torch.cat([classifier(part) for part in x.split(256)]).argsort(1, descending=True)
+    one = (order[:, :1] == names[:, :1]).any(1) | ((names[:, 1] >= 0) & (order[:, 1] == names[:, 0]))
+    two = (order[:, :2] == names[:, 1:2]).any(1)
+    named = 1 + (names[:, 1] >= 0).int()
+    found = one.int() + (two & (names[:, 1] >= 0)).int()
+    return {"recall": float(found.sum() / named.sum()), "whole": float((found == named).float().mean())}
+
+
+def train_classifier(images: int, sprites, vae, pca, path: Path) -> Classifier:
+    classifier = Classifier()
+    if path.is_file():
+        classifier.load_state_dict(torch.load(path, weights_only=True))
+        return classifier
+    batch, generator = 128, torch.Generator().manual_seed(11)
+    torch.manual_seed(0)
+    classifier = Classifier()
+    optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=images // batch)
+    for step in range(images // batch):
+        names, x = real(batch, sprites, vae, pca, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = classifier(x)
+        loss = -(targets(names) * scores.float().log_softmax(1)).sum(1).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 200 == 0:
+            print(f"[gate] classifier {step * batch} of {images} images, loss {float(loss.detach()):.3f}", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(classifier.state_dict(), path)
+    return classifier.eval()
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--classifier-images", type=int, default=200_000)
+    told = parser.parse_args(arguments)
+    open_comfyui(find_root(told.comfyui))
+    from safetensors.torch import load_file
+
+    from bench.heldout import named
+    from bench.parts import parts, teacher_pairs
+    from mteo.sheet import sheet
+
+    from .objects import WEIGHTS, make_vae
+
+    shipped = load_file(WEIGHTS)
+    pca = {name: shipped[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
+    sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
+    classifier = train_classifier(told.classifier_images, sprites, vae, pca, HERE / "runs" / "gate" / "classifier.pt").eval()
+    names, held_out = real(2048, sprites, vae, pca, generator, unseen_pairs=True)
+    result = {"images": int(shipped["images"]), "pictures": told.pictures, "classifier_on_real_scenes": recognised(classifier, held_out, names)}
+    _, training = real(20_000, sprites, vae, pca, generator)
+    own = parts(21, told.pictures, True)
+    names = scenes.draw_names(told.pictures, torch.Generator().manual_seed(21), True)
+    for cfg in CFGS:
+        one, two = teacher_pairs(own, told.pictures, (cfg,), 31), teacher_pairs(own, told.pictures // 4, (cfg,), 32)
+        near = torch.cdist(one.end.flatten(1), training.flatten(1)).topk(2, largest=False).values
+        plain = named(own, one.part(slice(0, 128)))
+        apart = (one.end[: len(two)] - two.end).square().mean().sqrt() / one.end.std()
+        best = min(value for grids in plain.values() for value in grids.values())
+        result[f"cfg {cfg:g}"] = recognised(classifier, one.end, names) | dict(two_seeds=float(apart), copies=float((near[:, 0] / near[:, 1] < 1 / 3).float().mean()), plain_3_steps=best)
+        print(f"[gate] cfg {cfg:g}: {result[f'cfg {cfg:g}']}", flush=True)
+    judged = [result[f"cfg {cfg:g}"] for cfg in CFGS]
+    result["passed"] = {name: all((own[name] <= bound) if name == "copies" else (own[name] >= bound) for own in judged) for name, bound in BOUNDS.items()}
+    (HERE / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
+    few = teacher_pairs(parts(22, 8, True), 32, (4.0,), 33).end  # eight prompts, four seeds each
+    raw = few / pca["scale"].view(1, -1, 1, 1) + pca["mean"].view(1, -1, 1, 1)
+    with torch.inference_mode():
+        pictures = make_vae().decode(raw)
+    texts = scenes.prompts(scenes.draw_names(8, torch.Generator().manual_seed(22), True))
+    sheet({f"seed {row}": pictures[8 * row : 8 * row + 8] for row in range(4)}, captions=texts).save(HERE / "samples.jpg", quality=92)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

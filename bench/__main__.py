@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import json
+import os
 
 from trainer.comfyui import find_root, open_comfyui
 
@@ -13,7 +14,7 @@ def main() -> None:
     parser.add_argument("--comfyui", help="ComfyUI's root (else COMFYUI_PATH)")
     parser.add_argument("name", choices=NAMES)
     options, rest = parser.parse_known_args()
-    open_comfyui(find_root(options.comfyui))
+    open_comfyui(find_root(options.comfyui or os.environ.get("COMFYUI_PATH")))
     result = importlib.import_module(f"bench.{options.name}").run(rest)
     print(json.dumps(result))
 

@@ -11,7 +11,7 @@ COMMANDS = {"distill": distill, "sample": sample, "inspect": inspect, "demo": de
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Distil few-step time embeddings, sample with them, look into them.")
-    parser.add_argument("--comfyui", help="ComfyUI's root (else COMFYUI_PATH)")
+    parser.add_argument("--comfyui", help="ComfyUI's root (else the one that this pack is installed in)")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         own = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)

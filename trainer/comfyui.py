@@ -1,5 +1,4 @@
 """ComfyUI for a headless run: find its root, import it, load a model, encode prompts."""
-import os
 import sys
 from pathlib import Path
 
@@ -11,14 +10,11 @@ REFERENCE = "reference"
 
 
 def find_root(given: str | None) -> Path:
-    """--comfyui, else COMFYUI_PATH, else the ComfyUI that this pack is installed in; MTEOError where there is none."""
-    installed = Path(__file__).resolve().parents[3]
-    for place in filter(None, (given, os.environ.get("COMFYUI_PATH"), installed)):
-        if (Path(place) / "comfy" / "samplers.py").is_file():
-            return Path(place).resolve()
-        if place != installed:
-            raise MTEOError(f"{place} is not ComfyUI's root: it has no comfy/samplers.py.")
-    raise MTEOError("ComfyUI was not found: give its root with --comfyui or in COMFYUI_PATH.")
+    """--comfyui, else the ComfyUI that this pack is installed in; MTEOError where it is not there."""
+    root = Path(given) if given else Path(__file__).resolve().parents[3]
+    if (root / "comfy" / "samplers.py").is_file():
+        return root.resolve()
+    raise MTEOError(f"{given} is not ComfyUI's root: it has no comfy/samplers.py." if given else "ComfyUI was not found: give its root with --comfyui.")
 
 
 def open_comfyui(root: Path) -> None:

@@ -1,0 +1,82 @@
+"""What is in the repository and in the registry's archive, and what imports what."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pathspec
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = {".py", ".md", ".toml", ".json", ".txt", ".jsonl"}
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    return subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.fixture(scope="module")
+def shipped(tracked) -> list[str]:
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    return [name for name in tracked if not ignored.match_file(name)]
+
+
+def test_the_core_and_the_trainer_import_without_comfyui():
+    code = "import mteo, mteo.distill, mteo.embeddings, mteo.gridsearch, mteo.teacher, mteo.metrics, mteo.sheet, trainer.__main__, sys; assert 'comfy' not in sys.modules and 'nodes' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_root_imports_bare_and_registers_nothing():
+    subprocess.run([sys.executable, "-c", "import importlib.util as u; s = u.spec_from_file_location('pack', '__init__.py'); m = u.module_from_spec(s); s.loader.exec_module(m)"],
+                   cwd=ROOT, check=True)
+
+
+def test_rooms_import_only_what_the_design_allows(tracked):
+    forbidden = {"mteo/comfyui/": r"\b(nodes|trainer)\b", "mteo/": r"\b(comfy\w*|nodes|trainer|folder_paths)\b", "trainer/": r"(?<!\.)\bnodes\b", "nodes/": r"\btrainer\b"}
+    for name in (name for name in tracked if name.endswith(".py")):
+        room = next((room for room in forbidden if name.startswith(room)), None)
+        if room is None:
+            continue
+        for line in (ROOT / name).read_text().splitlines():
+            if re.match(r"\s*(from|import)\s", line):
+                module = re.match(r"\s*(?:from|import)\s+(\S+)", line)[1]
+                assert not re.match(forbidden[room], module), f"{name}: {line.strip()}"
+
+
+def test_no_path_or_host_of_a_machine_is_in_the_repository(tracked):
+    words = ["/" + "work/", "/" + "tmp/", "/" + "root/", "/" + "home/", "pypi" + ".org", "file:" + "//", "C:" + "\\"]
+    for name in tracked:
+        if Path(name).suffix in TEXT or Path(name).suffix == "":
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert not [word for word in words if word in text], name
+
+
+def test_weights_and_tables_are_small(tracked):
+    sizes = {name: (ROOT / name).stat().st_size for name in tracked}
+    assert max(sizes.values()) <= 20_000_000
+    tables = {name: size for name, size in sizes.items() if name.startswith("reference/tables/") and name.endswith(".safetensors")}
+    assert tables and max(tables.values()) <= 200_000
+
+
+def test_the_archive_is_what_running_the_nodes_needs(shipped):
+    tops = {name.split("/")[0] for name in shipped}
+    assert {"__init__.py", "nodes", "mteo", "trainer", "reference", "workflows", "web", "README.md", "LICENSE", "pyproject.toml"} <= tops
+    assert not tops & {"dev.py", "tests", "bench", "docs", ".ci"}
+    assert sum((ROOT / name).stat().st_size for name in shipped) < 30_000_000
+    risky = re.compile(r"\b(eval|exec|compile|__import__)\(|subprocess|os\.(system|environ)|import_module|read_bytes|base64|pickle|marshal|urllib|requests|socket")
+    for name in (name for name in shipped if name.endswith(".py")):
+        found = [line for line in (ROOT / name).read_text().splitlines() if risky.search(line) and "re.compile" not in line]
+        assert not found, f"{name}: {found}"
+
+
+def test_every_node_has_its_help_page():
+    nodes = json.loads((ROOT / "tests" / "schema.json").read_text())
+    for name in nodes:
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        assert page.startswith("# ") and len(page) > 150, name
+
+
+def test_ruff_is_content():
+    subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, check=True)

@@ -1,0 +1,92 @@
+"""The headless trainer as a command: what it writes, that it is the node's distillation, and what it says of bad input."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+model = "reference"
+prompts = ["cat and apple", "car"]
+width = 64
+height = 64
+
+[recipe]
+guidance = [1.0, 4.0]
+pictures = 16
+held_out = 16
+teacher_steps = 6
+iterations = 4
+batch = 8
+validate_every = 2
+"""
+
+
+def trainer(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "trainer", "--comfyui", os.environ["COMFYUI_PATH"], *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def done(comfyui_root, tmp_path_factory):
+    place = tmp_path_factory.mktemp("trainer")
+    (place / "run.toml").write_text(CONFIG)
+    told = trainer("distill", place / "run.toml", "--folder", place / "run")
+    assert told.returncode == 0, told.stderr[-3000:]
+    return place, told
+
+
+def test_a_run_leaves_its_settings_log_plot_and_sheets(done):
+    run, told = done[0] / "run", done[1]
+    assert "held-out error" in told.stdout and "training" in told.stderr
+    assert json.loads((run / "run.json").read_text())["recipe"]["pictures"] == 16
+    assert [json.loads(line)["iteration"] for line in (run / "log.jsonl").read_text().splitlines()] == [0, 2, 4]
+    assert Image.open(run / "loss.png").width > 300 and Image.open(run / "sheet.png").height > 300
+    assert len(list((run / "previews").glob("*.png"))) == 3
+
+
+def test_it_is_the_table_that_the_graph_makes(done, comfyui_root):
+    """Same recipe, prompts and model in this process, as the node calls it."""
+    with torch.inference_mode():
+        import nodes
+        from mteo.comfyui.training import distill_model
+        from mteo.recipe import Recipe
+        from reference.objects import make_clip, make_model
+
+        clip = make_clip()
+        encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
+        recipe = Recipe(guidance=(1.0, 4.0), pictures=16, held_out=16, teacher_steps=6, iterations=4, batch=8, validate_every=2)
+        folder = done[0] / "graph"
+        distill_model(make_model(), [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8), recipe, folder)
+    assert (folder / "table.safetensors").read_bytes() == (done[0] / "run" / "table.safetensors").read_bytes()
+
+
+def test_sample_and_inspect(done):
+    table, picture = done[0] / "run" / "table.safetensors", done[0] / "cat.png"
+    told = trainer("sample", table, "cat", "--width", 64, "--height", 64, "--cfg", 4, "--count", 2, "--out", picture)
+    assert told.returncode == 0 and Image.open(picture).width > 200, told.stderr[-2000:]
+    seen = trainer("inspect", table).stdout
+    assert "3 steps of euler, rows corrected" in seen and "middle_block.0.emb_layers.1" in seen
+
+
+def test_bad_input_gets_one_sentence(done, tmp_path):
+    table = done[0] / "run" / "table.safetensors"
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(table.read_bytes()[:-50])
+    (tmp_path / "wrong.toml").write_text(CONFIG.replace("pictures", "pictured"))
+    cases = [
+        (("inspect", cut), "cut.safetensors cannot be read"),
+        (("sample", table, "cat", "--steps", 5, "--width", 64, "--height", 64), "no table for 5 steps: they hold 3"),
+        (("sample", table, "cat", "--model", tmp_path / "none.safetensors"), "none.safetensors is not there"),
+        (("distill", tmp_path / "wrong.toml"), "no setting 'pictured'"),
+        (("distill", tmp_path / "missing.toml"), "missing.toml cannot be read"),
+        (("distill", done[0] / "run.toml", "--folder", done[0] / "run", "--seed", 5), "belongs to a run with another recipe"),
+    ]
+    for arguments, sentence in cases:
+        told = trainer(*arguments)
+        assert told.returncode == 1 and told.stderr.strip().splitlines()[-1].startswith("mteo: ") and sentence in told.stderr, told.stderr[-1500:]
+        assert "Traceback" not in told.stderr

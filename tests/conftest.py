@@ -13,7 +13,7 @@ def comfyui_root() -> Path:
     """ComfyUI's root, first on sys.path; `python dev.py test` says where it is."""
     root = Path(os.environ["COMFYUI_PATH"]).resolve()
     sys.path.insert(0, str(root))
-    own, sys.argv = sys.argv, [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
+    own, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -1,13 +1,16 @@
 """The templates that open in ComfyUI are made from their API copies: COMFYUI_PATH=… python -m tests.templates
 
 An API copy says what is connected; the layout comes from how far a node is from the loaders, the widgets from the server's
-/object_info. Writes workflows/*.json and tests/schema.json.
+/object_info, the pictures from running them. Writes workflows/*.json, workflows/*.jpg and tests/schema.json.
 """
+import io
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS, SCHEMA = ROOT / "workflows", Path(__file__).with_name("schema.json")
@@ -89,6 +92,18 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def picture(server, entry: dict) -> Image.Image:
+    """What a template's SaveImage nodes made, side by side."""
+    saved = [one for output in entry["outputs"].values() for one in output.get("images", []) if one["type"] == "output"]
+    images = [Image.open(io.BytesIO(server.get(f"/view?filename={one['filename']}&subfolder={one['subfolder']}&type=output"))).convert("RGB") for one in saved]
+    strip = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
+    left = 0
+    for image in images:
+        strip.paste(image, (left, 0))
+        left += image.width
+    return strip
+
+
 def main() -> int:
     from tests.server import Server
 
@@ -96,11 +111,13 @@ def main() -> int:
         server = Server(Path(os.environ["COMFYUI_PATH"]), Path(base) / "server", ROOT)
         try:
             objects = json.loads(server.get("/object_info"))
+            write_json(SCHEMA, schema(objects))
+            for copy in sorted((WORKFLOWS / "api").glob("*.json")):
+                graph = json.loads(copy.read_text())
+                write_json(WORKFLOWS / copy.name, workflow(graph, objects))
+                picture(server, server.queue(graph)).save(WORKFLOWS / f"{copy.stem}.jpg", quality=90)
         finally:
             server.stop()
-    for copy in sorted((WORKFLOWS / "api").glob("*.json")):
-        write_json(WORKFLOWS / copy.name, workflow(json.loads(copy.read_text()), objects))
-    write_json(SCHEMA, schema(objects))
     return 0
 
 

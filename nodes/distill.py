@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import comfy.model_management
-import comfy.sample
 import comfy.samplers
 import comfy.utils
 import folder_paths
@@ -14,6 +13,7 @@ from comfy_api.latest import io
 
 from ..mteo.comfyui.conditions import content_hash
 from ..mteo.comfyui.patch import model_fingerprint
+from ..mteo.comfyui.sampling import samples_for
 from ..mteo.comfyui.training import distill_model
 from ..mteo.recipe import FREE, Recipe
 from ..mteo.sheet import as_image, sheet
@@ -60,8 +60,8 @@ class DistillEmbeddings(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None):
-        model, latent = model[0], latent_image[0]["samples"]
-        size = comfy.sample.fix_empty_latent_channels(model, latent, latent_image[0].get("downscale_ratio_spacial"), latent_image[0].get("downscale_ratio_temporal"))
+        model = model[0]
+        size = samples_for(model, latent_image[0])
         recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), seed=seed[0], **BUDGETS[budget[0]])
         prompts = list(positive)
         folder = run_folder(model, recipe, prompts, negative[0], size, sampler)

@@ -111,3 +111,19 @@ def test_a_searched_grid_with_all_rows_trains_too(parts):
     assert table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
     assert not torch.equal(table.tableau.matrix[-2], table.base.matrix[-2])
     assert table.tableau.matrix[1, 2:].abs().max() == 0, "a call must not read what comes after it"
+
+
+def test_a_model_without_a_factory_is_copied_for_training(parts):
+    """As GGUF's, and all of ComfyUI 0.3.75: gradients flow in the copy, the original keeps its own tensors."""
+    from mteo.comfyui.session import private_copy, training_mode
+    from reference.objects import make_model
+
+    with torch.inference_mode():
+        model = make_model(disable_dynamic=True)
+    model.cached_patcher_init = None
+    with training_mode():
+        private = private_copy(model)
+        weight, own = (patcher.model.diffusion_model.middle_block[0].emb_layers[1].weight for patcher in (private, model))
+        assert weight.data_ptr() != own.data_ptr() and torch.equal(weight, own) and not weight.is_inference()
+        x = torch.ones(1, weight.shape[1], requires_grad=True)
+        assert torch.autograd.grad((x @ weight.T).sum(), x)[0].abs().sum() > 0

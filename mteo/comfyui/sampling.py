@@ -1,4 +1,6 @@
 """Sample a LATENT with a table, as the stock KSampler does with a named schedule."""
+import inspect
+
 import comfy.sample
 import comfy.utils
 import latent_preview
@@ -16,6 +18,13 @@ def applied(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0
     return patched, table_sampler(table, scaled_tableau(table, strength)), torch.tensor(table.sigmas)
 
 
+def samples_for(model, latent: dict) -> torch.Tensor:
+    """The values of a LATENT; an empty one in the model's channels and (where ComfyUI tells it) size."""
+    ratios = [latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")]
+    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2  # 0.3.75 knows of none
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[: max(known, 0)])
+
+
 def sample_latent(model, embeddings: Embeddings, latent: dict, seed: int, positive, negative=None, steps: int = 0, cfg: float = 1.0, strength: float = 1.0, start_step: int = 0,
                   end_step: int = 10000, add_noise: bool = True, leftover_noise: bool = False, off_grid: str = "error") -> dict:
     """A LATENT. Mask, batch index and ratios travel in `latent`. negative may be missing at cfg 1, where it is not used.
@@ -29,7 +38,7 @@ def sample_latent(model, embeddings: Embeddings, latent: dict, seed: int, positi
     if not 0 <= start_step < min(end_step, total):
         raise MTEOError(f"start_step is {start_step}: give a step from 0 to {min(end_step, total) - 1}, below end_step.")
     sigmas = sigmas[start_step : end_step + 1]
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
+    samples = samples_for(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples, device="cpu")
     x0 = {}
     callback = latent_preview.prepare_callback(patched, len(sigmas) - 1, x0)

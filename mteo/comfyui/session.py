@@ -3,6 +3,8 @@
 A `Sampler` whose `sample` is the work: the guider loads the model and prepares the conditions, then hands over a `model_wrap(x, σ)`
 that gives a differentiable denoised; conditioning, ControlNet, LoRA and wrappers act as they do in a sampling.
 """
+import copy
+import inspect
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -68,12 +70,23 @@ def private_copy(model):
     """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]."""
     if "bypass_lora" in getattr(model, "injections", {}):
         raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
-    try:
-        copy = model.clone(disable_dynamic=True, force_deepcopy=True)
-    except (TypeError, RuntimeError) as error:
-        raise MTEOError("This model cannot be copied for training: load it with a stock loader of ComfyUI.") from error
-    copy.model.requires_grad_(False)
-    return copy
+    if "force_deepcopy" in inspect.signature(type(model).clone).parameters and getattr(model, "cached_patcher_init", None):
+        private = model.clone(disable_dynamic=True, force_deepcopy=True)
+    else:
+        private = deep_copy(model)
+    private.model.requires_grad_(False)
+    return private
+
+
+def deep_copy(model):
+    """For a MODEL that cannot make itself anew (ComfyUI 0.3.75, GGUF): its network is copied, with as much memory again."""
+    comfy.model_management.unload_all_models()  # no LoRA is merged into the weights while they are copied
+    private, base = model.clone(), model.model
+    private.model = copy.copy(base)
+    private.model._modules = dict(base._modules)  # a copied module shares this with the original
+    private.model.diffusion_model = copy.deepcopy(base.diffusion_model)
+    private.backup, private.parent = {}, None
+    return private
 
 
 @contextmanager

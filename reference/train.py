@@ -6,6 +6,7 @@ The same command goes on where it was stopped; `run` holds the state, `weights` 
 import argparse
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -135,6 +136,7 @@ def main(arguments=None):
         shipped |= {f"vae.{name}": value.contiguous() for name, value in pca.items()} | {"images": torch.tensor(seen)}
         save_file(shipped, options.weights.with_suffix(".new"), {"license": "MIT", "images": str(seen), "data": "Noto Color Emoji, OFL-1.1/Apache-2.0"})
         options.weights.with_suffix(".new").replace(options.weights)
+        shutil.copy(options.run / "log.jsonl", options.weights.with_suffix(".log.jsonl"))
 
     while seen < options.images and time.time() - started < 60 * options.minutes:
         x, tokens = batch_of(options.batch, sprites, vae, pca, 0.1, generator)

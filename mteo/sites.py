@@ -23,14 +23,20 @@ class Site:
     width: int
 
 
+def find_family(network: torch.nn.Module) -> str:
+    """The family's name by the paths of its layers; MTEOError for a network of no known family."""
+    for name, pattern in FAMILIES:
+        if any(pattern.fullmatch(path) for path, _ in network.named_modules()):
+            return name
+    known = ", ".join(name for name, _ in FAMILIES)
+    raise MTEOError(f"The model {type(network).__name__} is of no family that MTEO knows ({known}): nothing was changed.")
+
+
 def find_sites(network: torch.nn.Module, space: str) -> list[Site]:
     """All sites of the network in its own order. `space`: "embedding" = the Linear's input (after SiLU), "modulation" = its
     output. MTEOError for an unknown space or a network of no known family."""
     if space not in SPACES:
         raise MTEOError(f'The space "{space}" is not known: choose one of {", ".join(SPACES)}.')
-    for _, pattern in FAMILIES:
-        found = [(path, module) for path, module in network.named_modules() if pattern.fullmatch(path)]
-        if found:
-            return [Site(path, module.in_features if space == "embedding" else module.out_features) for path, module in found]
-    known = ", ".join(name for name, _ in FAMILIES)
-    raise MTEOError(f"The model {type(network).__name__} is of no family that MTEO knows ({known}): nothing was changed.")
+    pattern = dict(FAMILIES)[find_family(network)]
+    found = [(path, module) for path, module in network.named_modules() if pattern.fullmatch(path)]
+    return [Site(path, module.in_features if space == "embedding" else module.out_features) for path, module in found]

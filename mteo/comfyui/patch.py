@@ -35,6 +35,7 @@ class Patch:
         self.tableau = scaled_tableau(table, strength)
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.handles: dict[int, list] = {}
+        self.passed = None  # the last (model sampling, sampler, its options, sigmas) that were found to be the table's
 
     def inject(self, patcher) -> None:
         kept = getattr(patcher.model, KEPT, None)
@@ -80,9 +81,12 @@ class Patch:
         """OUTER_SAMPLE wrapper: before any evaluation, the schedule and the sampler must be the table's [3]."""
         if self.off_grid == "error":
             sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-            require_schedule(self.table, sigmas)
-            require_timesteps(self.table, sampling)
-            require_solver(self.tableau, self.table.solver, sampler, sigmas, sampling)
+            asked = (sampling, getattr(sampler, "sampler_function", sampler), dict(getattr(sampler, "extra_options", {})), sigmas.tolist())
+            if asked != self.passed:  # what passed once is not probed again
+                require_schedule(self.table, sigmas)
+                require_timesteps(self.table, sampling)
+                require_solver(self.tableau, self.table.solver, sampler, sigmas, sampling)
+                self.passed = asked
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 

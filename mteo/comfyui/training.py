@@ -15,7 +15,7 @@ from ..errors import MTEOError
 from ..gridsearch import Plain, refine, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
-from ..sites import find_sites
+from ..sites import find_family, find_sites
 from ..tableau import Tableau, euler_tableau, execute, with_matrix
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
@@ -50,7 +50,7 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
     """
     with training_mode():
         sites = find_sites(model.model.diffusion_model, recipe.space)
-        about = dict(family="unet", sampling=type(model.get_model_object("model_sampling")).__name__, guidance=list(recipe.guidance),
+        about = dict(family=find_family(model.model.diffusion_model), sampling=type(model.get_model_object("model_sampling")).__name__, guidance=list(recipe.guidance),
                      fingerprint=model_fingerprint(model, [site.path for site in sites]))
         name = recipe.solver if sampler is None else sampler_name(sampler)
         run = dict(recipe=recipe.facts(), solver=name, conditions=content_hash([positives, negative]), latent=list(latent.shape), model=about)

@@ -8,8 +8,8 @@ import torch
 
 from mteo.comfyui.patch import apply_embeddings, remove_embeddings
 from mteo.comfyui.solver import read_tableau, tableau_sampler
-from mteo.embeddings import Embeddings, Table
-from mteo.sites import find_sites
+from mteo.comfyui.training import untrained_table
+from mteo.embeddings import Embeddings
 
 from .parts import named_grids, parts
 
@@ -45,9 +45,9 @@ def latent(own, sampler, sigmas, cfg, batch=1, model=None, callback=None, full=T
 def table_of(own, solver: str, sigmas, fill: float) -> Embeddings:
     sampling = own.model.get_model_object("model_sampling")
     tableau = read_tableau(comfy.samplers.sampler_object(solver), sigmas, sampling, solver)
-    offsets = {site.path: torch.full((len(tableau.row_sigmas), site.width), fill) for site in find_sites(own.model.model.diffusion_model, "embedding")}
-    times = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Embeddings({len(sigmas) - 1: Table(len(sigmas) - 1, sigmas.tolist(), times, solver, tableau, offsets)}, "embedding")
+    table = untrained_table(own.model.model.diffusion_model, sampling, "embedding", sigmas, solver, tableau)
+    table.offsets = {path: rows + fill for path, rows in table.offsets.items()}
+    return Embeddings({table.steps: table}, "embedding")
 
 
 def unchanged(own, solver: str, cfg: float, batch: int, start: int):

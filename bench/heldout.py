@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from mteo.comfyui.training import untrained_table
 from mteo.distill import distill
-from mteo.embeddings import Embeddings, Table, load_embeddings
-from mteo.gridsearch import Plain, refine, search_grid
+from mteo.embeddings import Embeddings, load_embeddings
+from mteo.gridsearch import refine, search_grid
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
 from mteo.recipe import Recipe
-from mteo.sites import find_sites
 from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 
-from .parts import Remembered, batched, named_grids, parts, solver_tableau, stage, teacher_pairs, weights_name
+from .parts import calls_of, named_grids, parts, solver_tableau, stage, teacher_pairs, weights_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
@@ -58,7 +58,7 @@ def named(own, pairs: Trajectories) -> dict[str, dict[str, float]]:
     """{solver: {grid: nRMSE}} of the plain model."""
 
     def work(session):
-        memory, grids = Remembered(session, pairs), named_grids(session.sampling, STEPS)
+        memory, grids = calls_of(session, pairs), named_grids(session.sampling, STEPS)
         return {solver: {grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
                          for grid, sigmas in grids.items()} for solver in SOLVERS}
 
@@ -71,8 +71,7 @@ def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[flo
     row solved each time; the last row once more on all validation pairs."""
 
     def work(session):
-        denoise = lambda x, sigma, part: batched(session, part)(x, sigma)
-        some, more, whole = (Plain(denoise, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
+        some, more, whole = (calls_of(session, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
         found = search_grid(some, STEPS, float(session.sampling.sigma_max))
         euler = euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)]))
         kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS))[1]}
@@ -84,13 +83,10 @@ def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[flo
 def train_table(seen, solver: str, grid: str, train: Trajectories, held_out: Trajectories, iterations: int, rows: str) -> Embeddings:
     """A table for a named solver on a named grid, on pairs that all of them share."""
     recipe = Recipe(steps=STEPS, solver=solver, grid=grid, rows=rows, guidance=CFGS, iterations=iterations, batch=32, validate_every=20)
-    network = seen.model.model.diffusion_model
     sampling = seen.model.get_model_object("model_sampling")
     sigmas = named_grids(sampling, STEPS)[grid]
     tableau = solver_tableau(solver, sigmas, sampling)
-    offsets = {site.path: torch.zeros(len(tableau.row_sigmas), site.width) for site in find_sites(network, recipe.space)}
-    times = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    table = Table(STEPS, sigmas.tolist(), times, solver, tableau, offsets)
+    table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, sigmas, solver, tableau)
     embeddings = Embeddings({STEPS: table}, recipe.space)
 
     def work(session):
@@ -105,7 +101,7 @@ def train_table(seen, solver: str, grid: str, train: Trajectories, held_out: Tra
 
 def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
     """nRMSE of each test picture."""
-    return own.session(lambda session: per_picture(combine(tableau.matrix[-1], Remembered(session, pairs).terms(tableau, keep=False)), pairs.end), embeddings)
+    return own.session(lambda session: per_picture(combine(tableau.matrix[-1], calls_of(session, pairs).terms(tableau)), pairs.end), embeddings)
 
 
 def report(told, folder, fresh, pairs, plain, free, tables) -> dict:

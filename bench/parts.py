@@ -10,7 +10,8 @@ from mteo.comfyui.session import private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
 from mteo.comfyui.training import karras_of, teacher_tableau, with_table
 from mteo.embeddings import Embeddings
-from mteo.tableau import Tableau, combine, execute
+from mteo.gridsearch import Plain
+from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories
 from reference.objects import WEIGHTS, make_clip, make_model
 from reference.scenes import draw_names, prompts
@@ -86,24 +87,9 @@ def teacher_pairs(own: Parts, count: int, cfgs: tuple[float, ...], seed: int, st
     return own.session(work)
 
 
-class Remembered:
-    """Calls of samplers on the same pairs: a call whose past is equal is made once."""
-
-    def __init__(self, session, pairs: Trajectories):
-        self.denoise, self.pairs, self.known = batched(session, pairs), pairs, {}
-
-    def terms(self, tableau: Tableau, keep: bool = True) -> list[torch.Tensor]:
-        """[x_T, D_0, …] of a table."""
-        terms, past = [self.pairs.start], ()
-        for call, sigma in enumerate(tableau.sigmas.tolist()):
-            past = (*past, round(sigma, 6), tuple(round(value, 8) for value in tableau.matrix[call].tolist()))
-            if past not in self.known:
-                denoised = self.denoise(combine(tableau.matrix[call], terms), sigma)
-                if not keep and call + 1 == len(tableau.sigmas):
-                    return [*terms, denoised]
-                self.known[past] = denoised
-            terms.append(self.known[past])
-        return terms
+def calls_of(session, pairs: Trajectories) -> Plain:
+    """Samplers run on these pairs as tables, their calls remembered."""
+    return Plain(lambda x, sigma, part: batched(session, part)(x, sigma), pairs)
 
 
 def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:

@@ -59,7 +59,7 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
             tensors[f"{steps}.{site}"] = rows.detach().cpu().float().contiguous()
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
         if table.base is not None:
-            tensors[f"{steps}.solver.base"] = table.base.matrix.cpu().double().contiguous()
+            tensors[f"{steps}.solver.base"] = table.base.matrix.cpu().double().clone()  # an untrained table has one matrix for both
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
         about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver,
                                  solver_options=table.solver_options, record=table.record)

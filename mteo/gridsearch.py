@@ -17,8 +17,9 @@ SPREAD = 4.0  # they span the reference grid's σ ÷ SPREAD … × SPREAD
 LOWEST = 0.03  # no inner σ below this
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    """No progress is shown."""
+def no_progress(stage: str, done: int, total: int, **facts) -> None:
+    """What `progress` is: called at every chunk, trial and step; may raise to cancel. A validation of the training brings facts:
+    iteration, loss, held_out, best, picture."""
 
 
 def levels(steps: int, sigma_max: float) -> list[list[float]]:
@@ -72,7 +73,7 @@ class Plain:
         return float((columns @ matrix[-1] - target).square().mean().sqrt()), with_matrix(tableau, matrix)
 
 
-def search_grid(plain: Plain, steps: int, sigma_max: float, progress=quiet) -> Tableau:
+def search_grid(plain: Plain, steps: int, sigma_max: float, progress=no_progress) -> Tableau:
     """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more; last row solved."""
     choices = levels(steps, sigma_max)
 
@@ -94,7 +95,7 @@ def search_grid(plain: Plain, steps: int, sigma_max: float, progress=quiet) -> T
     return plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1]
 
 
-def refine(plain: Plain, start: Tableau, trials: int, progress=quiet) -> Tableau:
+def refine(plain: Plain, start: Tableau, trials: int, progress=no_progress) -> Tableau:
     """Inner σ and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
     calls, sigma_max = len(start.sigmas), float(start.sigmas[0])
     places = [(row, column) for row in range(1, calls) for column in range(row + 1)]
@@ -102,12 +103,12 @@ def refine(plain: Plain, start: Tableau, trials: int, progress=quiet) -> Tableau
 
     def tableau_of(change) -> Tableau:
         inner = [float(sigma * 2.0**step) for sigma, step in zip(start.sigmas[1:].tolist(), change[: calls - 1], strict=True)]
-        tableau = euler_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
-        scaled = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64)).matrix
+        tableau = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
+        matrix = tableau.matrix.clone()
         for (row, column), value in zip(places, change[calls - 1 :], strict=True):
-            scaled[row, column] += value / (sigma_max if column == 0 else 1.0)
-        scaled[-1] = start.matrix[-1]
-        return with_matrix(tableau, scaled)
+            matrix[row, column] += value / (sigma_max if column == 0 else 1.0)
+        matrix[-1] = start.matrix[-1]
+        return with_matrix(tableau, matrix)
 
     def error(change) -> float:
         progress("solver's rows", min(next(done), trials), trials)

@@ -29,7 +29,6 @@ class Trajectories:
     def part(self, index) -> "Trajectories":
         return Trajectories(*(getattr(self, name)[index] for name in FIELDS))
 
-
     def to(self, device) -> "Trajectories":
         """Tensors of pictures on the device; which prompt and cfg stay where the host reads them."""
         return Trajectories(self.start.to(device), self.states.to(device), self.end.to(device), self.item, self.guidance)

@@ -35,7 +35,7 @@ class Patch:
         self.tableau = scaled_tableau(table, strength)
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.handles: dict[int, list] = {}
-        self.passed = None  # the last (model sampling, sampler, its options, sigmas) that were found to be the table's
+        self.passed = None  # the last (model sampling, SAMPLER, sigmas) that were found to be the table's
 
     def inject(self, patcher) -> None:
         kept = getattr(patcher.model, KEPT, None)
@@ -81,7 +81,7 @@ class Patch:
         """OUTER_SAMPLE wrapper: before any evaluation, the schedule and the sampler must be the table's [3]."""
         if self.off_grid == "error":
             sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-            asked = (sampling, getattr(sampler, "sampler_function", sampler), dict(getattr(sampler, "extra_options", {})), sigmas.tolist())
+            asked = (sampling, sampler, sigmas.tolist())
             if asked != self.passed:  # what passed once is not probed again
                 require_schedule(self.table, sigmas)
                 require_timesteps(self.table, sampling)

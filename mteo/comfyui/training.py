@@ -12,7 +12,7 @@ import torch
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import Embeddings, Table, load_embeddings, save_embeddings
 from ..errors import MTEOError
-from ..gridsearch import Plain, refine, search_grid
+from ..gridsearch import Plain, no_progress, refine, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_family, find_sites
@@ -37,10 +37,6 @@ class Distilled:
     previews: dict[str, torch.Tensor]
 
 
-def no_progress(stage: str, done: int, total: int, **facts) -> None:
-    """What `progress` is: called at every chunk and step; may raise to cancel. A validation brings facts: iteration, loss, held_out, best."""
-
-
 def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, folder: Path | None = None, sampler=None, progress=no_progress) -> Distilled:
     """Embeddings for `recipe.steps` steps, from the model's own trajectories. The model is not changed.
 
@@ -59,10 +55,13 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
         sampling = private.get_model_object("model_sampling")
         embeddings = store.finished()
         if embeddings is None:
-            grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps)
-            table = run_session(private, positives, negative, latent, lambda session: choose_solver(session, recipe, grid, sampler, name, len(positives), progress))
-            table.offsets = {site.path: torch.zeros(len(table.tableau.row_sigmas), site.width) for site in sites}
-            embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
+            embeddings = store.started()
+            if embeddings is None:
+                grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps)
+                table = run_session(private, positives, negative, latent, lambda session: choose_solver(session, private.model.diffusion_model, recipe, grid, sampler, name, len(positives), progress))
+                embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
+                store.start(embeddings)
+            table = embeddings.tables[recipe.steps]
             patched, patch = with_table(private, embeddings)
             run_session(patched, positives, negative, latent, lambda session: train(session, patch, table, recipe, len(positives), store, progress))
             store.finish(embeddings)
@@ -83,11 +82,18 @@ def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:
 
 def with_table(private, embeddings: Embeddings):
     """(the private MODEL with the table on it and no check of schedule or sampler, its Patch)."""
-    patched, table = apply_embeddings(private, embeddings, off_grid="off")
+    patched, _ = apply_embeddings(private, embeddings, off_grid="off")
     return patched, patched.get_attachment(KEY)
 
 
-def choose_solver(session: Session, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
+def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau) -> Table:
+    """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model."""
+    offsets = {site.path: torch.zeros(len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
+    timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
+    return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, offsets)
+
+
+def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
     if isinstance(grid, str):
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
@@ -106,8 +112,9 @@ def choose_solver(session: Session, recipe: Recipe, grid, sampler, name: str, pr
         tableau = with_matrix(base, tableau.matrix)  # training starts from the rows that were found
     else:
         tableau = base
-    timesteps = [float(session.sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Table(recipe.steps, grid.tolist(), timesteps, name, tableau, {}, base=base, solver_options=dict(getattr(sampler, "extra_options", {})))
+    table = untrained_table(network, session.sampling, recipe.space, grid, name, tableau)
+    table.base, table.solver_options = base, dict(getattr(sampler, "extra_options", {}))
+    return table
 
 
 def karras_of(session: Session, steps: int) -> torch.Tensor:
@@ -193,7 +200,7 @@ def compare(session: Session, patch, table: Table, recipe: Recipe, prompts: int,
 
 
 class RunFolder:
-    """What a run leaves on disk: run.json, teacher/*.safetensors, state.pt, log.jsonl, table.safetensors. None = nowhere."""
+    """What a run leaves on disk: run.json, start.safetensors, teacher/*.safetensors, state.pt, log.jsonl, table.safetensors. None = nowhere."""
 
     def __init__(self, folder: Path | None, run: dict):
         self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True, indent=1)
@@ -225,9 +232,22 @@ class RunFolder:
             save_state(state, self.folder / "state.pt")
             (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.log))
 
+    def started(self) -> Embeddings | None:
+        """What training starts from: its search is not made twice."""
+        return self._read("start.safetensors")
+
+    def start(self, embeddings: Embeddings) -> None:
+        self._write("start.safetensors", embeddings)
+
     def finished(self) -> Embeddings | None:
-        return load_embeddings(self.folder / "table.safetensors") if self.folder and (self.folder / "table.safetensors").is_file() else None
+        return self._read("table.safetensors")
 
     def finish(self, embeddings: Embeddings) -> None:
+        self._write("table.safetensors", embeddings)
+
+    def _read(self, name: str) -> Embeddings | None:
+        return load_embeddings(self.folder / name) if self.folder and (self.folder / name).is_file() else None
+
+    def _write(self, name: str, embeddings: Embeddings) -> None:
         if self.folder:
-            save_embeddings(embeddings, self.folder / "table.safetensors")
+            save_embeddings(embeddings, self.folder / name)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mteo.comfyui.training import untrained_table
-from mteo.distill import distill
+from mteo.comfyui.training import joined, trained, untrained_table
 from mteo.embeddings import Embeddings, load_embeddings
 from mteo.gridsearch import refine, search_grid
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
@@ -32,26 +31,35 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--validation", type=int, default=512)
     parser.add_argument("--test", type=int, default=1024)
     parser.add_argument("--search", type=int, default=128, help="validation pairs that the search for σ and rows looks at")
-    parser.add_argument("--pictures", type=int, default=768, help="training pairs of the tables that are trained here")
-    parser.add_argument("--iterations", type=int, default=80, help="optimiser steps of them")
+    parser.add_argument("--pictures", type=int, default=1024, help="training pairs of each cfg, for the tables that are trained here")
+    parser.add_argument("--iterations", type=int, default=120, help="optimiser steps of them, for each cfg")
     parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
+    parser.add_argument("--cfg", type=float, help="only the rivals and tables of this cfg, for a second process beside; the report needs both")
+    parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
     told = parser.parse_args(arguments)
-    folder = ROOT / "runs" / "bench" / f"heldout-{weights_name()}-{told.validation}-{told.test}-{told.search}-{told.pictures}-{told.iterations}"
-    seen, fresh = parts(1, 256, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
-    pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), (cfg,), 1000 + len(split)) for cfg in CFGS} for split in fresh}
-    train = stage(folder, "pairs-train", teacher_pairs, seen, told.pictures, CFGS, 1)
-    held_out = stage(folder, "pairs-held-out", teacher_pairs, seen, 96, CFGS, 2)
+    cfgs = CFGS if told.cfg is None else (told.cfg,)
+    folder = ROOT / "runs" / "bench" / f"heldout-{weights_name()}-{told.validation}-{told.test}-{told.search}"
+    seen, fresh = parts(1, 1024, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
+    pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs} for split in fresh}
+    plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in cfgs}
+    free = {cfg: stage(folder, f"free-{cfg:g}", free_rival, fresh["validation"], pairs["validation"][cfg], told.search) for cfg in cfgs}
+    if told.until == "rivals":
+        return {"cfg": cfgs}
+    train = {cfg: stage(folder, f"pairs-train-{cfg:g}-{told.pictures}", teacher_pairs, seen, told.pictures, cfg, 1) for cfg in cfgs}
+    held_out = {cfg: stage(folder, f"pairs-held-out-{cfg:g}", teacher_pairs, seen, 128, cfg, 2) for cfg in cfgs}
+    tables = {f"offsets with rows, {solver}": (solver, "last") for solver in SAME} | {"offsets only, euler": ("euler", "solver")}
+    made = {name: {cfg: stage(folder, f"table-{solver}-{rows}-{cfg:g}-{told.pictures}-{told.iterations}", train_table, seen, solver, named_grid_of(folder, solver), rows, train[cfg], held_out[cfg], told.iterations)
+                   for cfg in cfgs} for name, (solver, rows) in tables.items()}
+    if told.until == "tables" or told.cfg is not None:
+        return {"cfg": cfgs}
+    tables = {name: Embeddings({STEPS: joined(list(own.values()))}, Recipe().space) for name, own in made.items()}
+    return report(told, folder, fresh, pairs, plain, free, {"offsets with rows, free grid": load_embeddings(told.table)} | tables)
 
-    plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in CFGS}
-    free = {cfg: stage(folder, f"free-{cfg:g}", free_rival, fresh["validation"], pairs["validation"][cfg], told.search) for cfg in CFGS}
-    shipped = load_embeddings(told.table)
-    tables = {"offsets with rows, free grid": shipped}
-    for solver in SAME:
-        grid = min(plain[1.0][solver], key=lambda name, s=solver: sum(plain[cfg][s][name] for cfg in CFGS))
-        tables[f"offsets with rows, {solver}/{grid}"] = stage(folder, f"table-{solver}", train_table, seen, solver, grid, train, held_out, told.iterations, "last")
-        if solver == "euler":
-            tables[f"offsets only, {solver}/{grid}"] = stage(folder, "table-offsets-only", train_table, seen, solver, grid, train, held_out, told.iterations, "solver")
-    return report(told, folder, fresh, pairs, plain, free, tables)
+
+def named_grid_of(folder: Path, solver: str) -> str:
+    """The named grid on which the plain solver does best, both cfg values together: one table has one grid."""
+    plain = [torch.load(folder / f"named-{cfg:g}.pt", weights_only=False)[solver] for cfg in CFGS]
+    return min(plain[0], key=lambda grid: sum(own[grid] for own in plain))
 
 
 def named(own, pairs: Trajectories) -> dict[str, dict[str, float]]:
@@ -80,28 +88,30 @@ def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[flo
     return own.session(work)
 
 
-def train_table(seen, solver: str, grid: str, train: Trajectories, held_out: Trajectories, iterations: int, rows: str) -> Embeddings:
-    """A table for a named solver on a named grid, on pairs that all of them share."""
-    recipe = Recipe(steps=STEPS, solver=solver, grid=grid, rows=rows, guidance=CFGS, iterations=iterations, batch=32, validate_every=20)
+def train_table(seen, solver: str, grid: str, rows: str, train: Trajectories, held_out: Trajectories, iterations: int):
+    """A table for a named solver on a named grid, for the cfg of the pairs, which all such tables share."""
+    cfg = float(train.guidance[0])
+    recipe = Recipe(steps=STEPS, solver=solver, grid=grid, rows=rows, guidance=(cfg,), iterations=iterations)
     sampling = seen.model.get_model_object("model_sampling")
     sigmas = named_grids(sampling, STEPS)[grid]
-    tableau = solver_tableau(solver, sigmas, sampling)
-    table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, sigmas, solver, tableau)
-    embeddings = Embeddings({STEPS: table}, recipe.space)
+    table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, sigmas, solver, solver_tableau(solver, sigmas, sampling))
 
-    def work(session):
-        tell = lambda state, line: print(f"[bench] {solver}/{grid} {rows}: {line}", flush=True) if line else None
-        return distill(lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), session.offsets.table, tableau, train, held_out, recipe, progress=tell)
+    def tell(state, line):
+        if line:
+            print(f"[bench] {solver}/{grid} {rows}, cfg {cfg:g}: {line}", flush=True)
 
-    best, solved, state = seen.session(work, embeddings)
-    table.base = tableau if rows != "solver" else None
-    table.tableau, table.offsets, table.record = solved, {path: value.detach() for path, value in best.items()}, dict(log=state.log)
-    return embeddings
+    return seen.session(lambda session: trained(session, session.patch, recipe, cfg, train, held_out, None, tell), Embeddings({STEPS: table}, recipe.space))
 
 
 def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
     """nRMSE of each test picture."""
-    return own.session(lambda session: per_picture(combine(tableau.matrix[-1], calls_of(session, pairs).terms(tableau)), pairs.end), embeddings)
+
+    def work(session):
+        if session.patch:
+            session.patch.at(float(pairs.guidance[0]))
+        return per_picture(combine(tableau.matrix[-1], calls_of(session, pairs).terms(tableau)), pairs.end)
+
+    return own.session(work, embeddings)
 
 
 def report(told, folder, fresh, pairs, plain, free, tables) -> dict:
@@ -113,7 +123,7 @@ def report(told, folder, fresh, pairs, plain, free, tables) -> dict:
         own, test = fresh["test"], pairs["test"][cfg]
         errors = {}
         for name, embeddings in tables.items():
-            errors[name] = stage(folder, f"test-{cfg:g}-{name.replace('/', '-')}", test_errors, own, test, embeddings.tables[STEPS].tableau, embeddings)
+            errors[name] = test_errors(own, test, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
         solver, grid = min(((s, g) for s in SOLVERS for g in grids), key=lambda sg: plain[cfg][sg[0]][sg[1]])
         best_named = f"plain, best named: {solver}/{grid}"
         errors[best_named] = stage(folder, f"test-{cfg:g}-named", test_errors, own, test, solver_tableau(solver, grids[grid], sampling))
@@ -121,23 +131,24 @@ def report(told, folder, fresh, pairs, plain, free, tables) -> dict:
             tableau = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
             errors[f"plain, free {name}"] = stage(folder, f"test-{cfg:g}-free-{name.replace(' ', '-')}", test_errors, own, test, tableau)
         for name in tables:
-            if name.startswith("offsets with rows") and "/" in name:
-                same, named_grid = name.split(", ")[1].split("/")
-                errors[f"plain, {same}/{named_grid}"] = stage(folder, f"test-{cfg:g}-plain-{same}", test_errors, own, test, solver_tableau(same, grids[named_grid], sampling))
-                ratios["same"].append(paired_bootstrap_ratio(errors[name], errors[f"plain, {same}/{named_grid}"]))
+            if name.removeprefix("offsets with rows, ") in SAME:
+                same = name.removeprefix("offsets with rows, ")
+                own_grid = named_grid_of(folder, same)
+                errors[f"plain, {same}/{own_grid}"] = stage(folder, f"test-{cfg:g}-plain-{same}", test_errors, own, test, solver_tableau(same, grids[own_grid], sampling))
+                ratios["same"].append(paired_bootstrap_ratio(errors[name], errors[f"plain, {same}/{own_grid}"]))
         best = min((name for name in tables), key=lambda name: float(errors[name].square().mean()))
         best_free = min((name for name in errors if name.startswith("plain, free")), key=lambda name: float(errors[name].square().mean()))
         ratios["named"].append(paired_bootstrap_ratio(errors[best], errors[best_named]))
         ratios["free"].append(paired_bootstrap_ratio(errors[best], errors[best_free]))
         rows[f"cfg {cfg:g}"] = {name: dict(pooled=round(float(e.square().mean().sqrt()), 4), mean=round(float(e.mean()), 4), median=round(float(e.median()), 4)) for name, e in errors.items()}
-        finer = stage(folder, f"teacher-48-{cfg:g}", teacher_pairs, own, 64, (cfg,), 1004, 48)
-        coarse = stage(folder, f"teacher-24-{cfg:g}", teacher_pairs, own, 64, (cfg,), 1004)
+        finer = stage(folder, f"teacher-48-{cfg:g}", teacher_pairs, own, 64, cfg, 1004, 48)
+        coarse = stage(folder, f"teacher-24-{cfg:g}", teacher_pairs, own, 64, cfg, 1004)
         rows[f"cfg {cfg:g}"]["teacher, 24 steps to 48"] = nrmse(coarse.end, finer.end)
     result = {}
     for name, values in ratios.items():
         worst = max(values)
         result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
-    logs = {name: embeddings.tables[STEPS].record.get("log", []) for name, embeddings in tables.items()}
+    logs = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in embeddings.tables[STEPS].record.get("log", [])] for name, embeddings in tables.items()}
     result |= dict(validation=told.validation, test=told.test, weights=weights_name(), rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=logs)
     show(rows, plain)
     (ROOT / "bench" / "results").mkdir(exist_ok=True)

@@ -72,12 +72,11 @@ def batched(session, pairs: Trajectories):
     return denoise
 
 
-def teacher_pairs(own: Parts, count: int, cfgs: tuple[float, ...], seed: int, steps: int = TEACHER_STEPS) -> Trajectories:
-    """Starts and teacher end points: prompt and cfg in turn, noise by `seed`."""
+def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TEACHER_STEPS) -> Trajectories:
+    """Starts and teacher end points: prompts in turn, noise by `seed`."""
 
     def work(session):
-        index = torch.arange(count)
-        item, guidance = (index // len(cfgs)) % len(own.positives), torch.tensor(cfgs, dtype=torch.float64)[index % len(cfgs)]
+        item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
         start = session.start(session.noise(count, seed), session.sampling.sigma_max)
         pairs = Trajectories(start, torch.zeros(count, 0), start, item, guidance)
         denoise = batched(session, pairs)

@@ -13,16 +13,16 @@ from .errors import MTEOError
 from .sites import SPACES
 from .tableau import Tableau, make_tableau, with_matrix
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class Table:
-    """What was learned for one number of steps.
+    """What was learned for one number of steps, at G cfg values; between them it is interpolated, beyond them the end one holds.
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
-    solver: a ComfyUI sampler's name with its options. tableau: its coefficients as sampled.
-    offsets: site path -> [R, D]. base: the solver's own coefficients where `tableau` holds learned ones, else None. record: how it was trained (JSON).
+    solver: a ComfyUI sampler's name with its options; tableau: its own coefficients. guidance: the G cfg values, rising.
+    offsets: site path -> [G, R, D]. learned: the solver's coefficients as sampled [G, N+1, N+1], None = its own. record: how it was trained (JSON).
     """
 
     steps: int
@@ -30,14 +30,33 @@ class Table:
     timesteps: list[float]
     solver: str
     tableau: Tableau
+    guidance: list[float]
     offsets: dict[str, torch.Tensor]
-    base: Tableau | None = None
+    learned: torch.Tensor | None = None
     solver_options: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
 
-    @property
-    def corrected(self) -> bool:
-        return self.base is not None
+    def shares(self, cfg: float) -> torch.Tensor:
+        """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours; 1 at a trained value."""
+        at = min(max(cfg, self.guidance[0]), self.guidance[-1])
+        shares = torch.zeros(len(self.guidance))
+        high = next(i for i, value in enumerate(self.guidance) if value >= at)
+        low = max(high - 1, 0)
+        shares[high] = 1.0 if low == high or self.guidance[high] == at else (at - self.guidance[low]) / (self.guidance[high] - self.guidance[low])
+        shares[low] += 1 - shares.sum()
+        return shares
+
+    def offsets_at(self, cfg: float) -> dict[str, torch.Tensor]:
+        """Site path -> [R, D] in force at `cfg`."""
+        shares = self.shares(cfg).view(-1, 1, 1)
+        return {site: (shares.to(rows) * rows).sum(0) for site, rows in self.offsets.items()}
+
+    def tableau_at(self, cfg: float, strength: float = 1.0) -> Tableau:
+        """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 = as trained."""
+        if self.learned is None:
+            return self.tableau
+        learned = (self.shares(cfg).double().view(-1, 1, 1) * self.learned).sum(0)
+        return with_matrix(self.tableau, self.tableau.matrix + strength * (learned - self.tableau.matrix))
 
 
 @dataclass
@@ -58,10 +77,10 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
         for site, rows in table.offsets.items():
             tensors[f"{steps}.{site}"] = rows.detach().cpu().float().contiguous()
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
-        if table.base is not None:
-            tensors[f"{steps}.solver.base"] = table.base.matrix.cpu().double().clone()  # an untrained table has one matrix for both
+        if table.learned is not None:
+            tensors[f"{steps}.solver.learned"] = table.learned.cpu().double().contiguous()
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
-        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver,
+        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance,
                                  solver_options=table.solver_options, record=table.record)
     header = {
         **embeddings.metadata,
@@ -107,7 +126,7 @@ def load_embeddings(path: Path) -> Embeddings:
     if "mteo.format" not in header:
         raise wrong("holds no MTEO embeddings: choose a file that Save MTEO Embeddings or the trainer wrote")
     if header["mteo.format"] != str(FORMAT):
-        raise wrong(f"has format {header['mteo.format']}, this version reads {FORMAT}: update the pack")
+        raise wrong(f"has format {header['mteo.format']}, this version reads {FORMAT}: update the pack, or distil the table again")
     if header.get("mteo.space") not in SPACES:
         raise wrong(f"names the unknown space {header.get('mteo.space')}: update the pack")
     for name, tensor in tensors.items():
@@ -130,14 +149,16 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     prefix = f"{steps}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
-    base = own.pop("solver.base", None)
-    rows, calls = len(tableau.row_sigmas), len(tableau.sigmas)
-    if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (calls + 1, calls + 1):
+    learned, guidance = own.pop("solver.learned", None), [float(value) for value in facts["guidance"]]
+    rows, size = len(tableau.row_sigmas), len(tableau.sigmas) + 1
+    if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (size, size):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
+    if not guidance or sorted(set(guidance)) != guidance or (learned is not None and learned.shape != (len(guidance), size, size)):
+        raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
     for site, value in own.items():
-        if value.dim() != 2 or len(value) != rows:
-            raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {rows} rows")
-    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, own, None if base is None else with_matrix(tableau, base), facts["solver_options"], facts["record"])
+        if value.dim() != 3 or value.shape[:2] != (len(guidance), rows):
+            raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")
+    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, own, learned, facts["solver_options"], facts["record"])
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

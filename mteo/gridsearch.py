@@ -18,8 +18,8 @@ LOWEST = 0.03  # no inner σ below this
 
 
 def no_progress(stage: str, done: int, total: int, **facts) -> None:
-    """What `progress` is: called at every chunk, trial and step; may raise to cancel. A validation of the training brings facts:
-    iteration, loss, held_out, best, picture."""
+    """What `progress` is: called at every chunk, trial and step; may raise to cancel. part=(i, n): the stage is of cfg value i of n.
+    A validation of the training brings facts: iteration, loss, held_out, best, picture."""
 
 
 def levels(steps: int, sigma_max: float) -> list[list[float]]:

@@ -17,13 +17,16 @@ class Offsets:
         self.current: dict[str, torch.Tensor] | None = None
         self._joined: torch.Tensor | None = None
 
+    def replace(self, table: dict[str, torch.Tensor]) -> None:
+        """Another table of the same sites and shapes."""
+        self.table, self._joined = table, None
+
     def select(self, weights: torch.Tensor | None) -> None:
         """weights [B, R] (or [1, R] for the whole batch): how much of each row each batch row gets; None = the plain network."""
         if weights is None or self.scale == 0:
             self.current = None
             return
-        joined = self._join(weights.device)
-        mixed = ((weights * self.scale)[:, :, None] * joined[None]).sum(1)
+        mixed = ((weights * self.scale)[:, :, None] * self._join(weights.device)[None]).sum(1)
         self.current = dict(zip(self.table, mixed.split([rows.shape[1] for rows in self.table.values()], dim=1), strict=True))
 
     def _join(self, device) -> torch.Tensor:
@@ -45,10 +48,12 @@ def attach(network: torch.nn.Module, offsets: Offsets, space: str) -> list:
     not in the network or has another width. With nothing selected a hook returns None: PyTorch then keeps what was there."""
     if space not in SPACES:
         raise MTEOError(f'The space "{space}" is not known: choose one of {", ".join(SPACES)}.')
-    modules = dict(network.named_modules())
+    modules = {}
     for path, rows in offsets.table.items():
-        if path not in modules:
-            raise MTEOError(f"The model has no layer {path}: the table is for another architecture.")
+        try:
+            modules[path] = network.get_submodule(path)  # a walk over all modules would cost each sampling milliseconds
+        except AttributeError:
+            raise MTEOError(f"The model has no layer {path}: the table is for another architecture.") from None
         width = getattr(modules[path], "in_features" if space == "embedding" else "out_features", None)
         if rows.dim() != 2 or width not in (None, rows.shape[1]):
             raise MTEOError(f"Layer {path} takes offsets of {width} numbers, the table has the shape {tuple(rows.shape)}: it is for another model.")

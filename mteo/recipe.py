@@ -12,9 +12,9 @@ FREE = "free"
 class Recipe:
     """steps: K, 2..16. solver: a ComfyUI sampler's name. grid: a ComfyUI scheduler's name, or "free" = inner σ are searched for.
     rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point (solved), "all" = the
-    inner ones as well (descended). space: where offsets act. guidance: the cfg values that the table serves.
-    pictures / held_out: teacher trajectories to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid.
-    sequential / iterations: optimiser steps of stage A / B, of `batch` pictures; rate: Adam's first step, falls to 0 along a cosine;
+    inner ones as well (descended). space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
+    pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid.
+    sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures; rate: Adam's first step, falls to 0 along a cosine;
     clip: largest gradient norm; average: memory of the averaged offsets, 0..1."""
 
     steps: int = 3
@@ -45,8 +45,8 @@ class Recipe:
         for name, allowed in (("rows", ROWS), ("space", SPACES)):
             if getattr(self, name) not in allowed:
                 raise MTEOError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        if not self.guidance or min(self.guidance) < 0:
-            raise MTEOError(f"guidance is {list(self.guidance)}: give at least one cfg value of 0 or more.")
+        if not self.guidance or min(self.guidance) < 0 or len(set(self.guidance)) < len(self.guidance):
+            raise MTEOError(f"guidance is {list(self.guidance)}: give one or more different cfg values of 0 or more.")
 
     @classmethod
     def of(cls, values: dict) -> "Recipe":

@@ -27,7 +27,8 @@ BUDGETS = {  # trajectories, held-out ones, optimiser steps
     "standard": dict(pictures=1024, held_out=128, iterations=200, batch=48, validate_every=20),
     "thorough": dict(pictures=4096, held_out=256, iterations=800, batch=48, validate_every=50),
 }
-BAR = 1000  # parts of the progress bar: teacher to 450, training to 1000
+BAR, SEARCH = 1000, 0.05  # parts of the progress bar; share of it for the search of a grid
+STAGES = {"teacher": (0.0, 0.38), "teacher, held out": (0.38, 0.42), "training": (0.42, 1.0)}  # of each cfg value's share of the rest
 
 
 class DistillEmbeddings(io.ComfyNode):
@@ -46,8 +47,8 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="One prompt, or a list of them: each item is one prompt. Many and varied ones are better."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt to train with; not used where cfg is 1."),
                 io.Latent.Input("latent_image", tooltip="Gives the size; its content is not used."),
-                io.Int.Input("seed", default=0, min=0, max=2**62, tooltip="Seed of the training noise. The same seed and inputs give the same table."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="The guidance to train for; 1 = none. A list of numbers: one table for all of them."),
+                io.Int.Input("seed", default=0, min=0, max=2**62, control_after_generate=False, tooltip="Seed of the training noise. The same seed and inputs give the same table."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="The guidance to train for; 1 = none. A list of numbers: each is trained by itself, one table holds all of them and blends between."),
                 io.Int.Input("steps", default=3, min=2, max=16, tooltip="Number of sampling steps of the table."),
                 io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its last row is learned beside the embeddings."),
                 io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default="sgm_uniform", tooltip="The schedule of sigmas; free = search the best one first."),
@@ -99,8 +100,13 @@ class Progress:
     def __init__(self, model):
         self.bar, self.previewer = comfy.utils.ProgressBar(BAR), rough(model)
 
-    def __call__(self, stage: str, done: int, total: int, picture=None, **facts):
+    def __call__(self, stage: str, done: int, total: int, part=(0, 1), picture=None, **facts):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        low, high = (450, BAR) if stage == "training" else (400, 450) if "held out" in stage else (50, 400) if stage == "teacher" else (0, 50)
         preview = None if picture is None else ("JPEG", self.previewer.decode_latent_to_preview(picture.float().cpu()), 512)
-        self.bar.update_absolute(low + (high - low) * done // max(total, 1), BAR, preview)
+        share = done / max(total, 1)
+        if stage in STAGES:
+            low, high = STAGES[stage]
+            share = SEARCH + (1 - SEARCH) * (part[0] + low + (high - low) * share) / part[1]
+        else:
+            share *= SEARCH
+        self.bar.update_absolute(int(BAR * share), BAR, preview)

@@ -119,7 +119,7 @@ def main(arguments=None):
     own = parts(21, told.pictures, True)
     names = scenes.draw_names(told.pictures, torch.Generator().manual_seed(21), True)
     for cfg in CFGS:
-        one, two = teacher_pairs(own, told.pictures, (cfg,), 31), teacher_pairs(own, told.pictures // 4, (cfg,), 32)
+        one, two = teacher_pairs(own, told.pictures, cfg, 31), teacher_pairs(own, told.pictures // 4, cfg, 32)
         near = torch.cdist(one.end.flatten(1), training.flatten(1)).topk(2, largest=False).values
         plain = named(own, one.part(slice(0, 128)))
         apart = (one.end[: len(two)] - two.end).square().mean().sqrt() / one.end.std()
@@ -129,7 +129,7 @@ def main(arguments=None):
     judged = [result[f"cfg {cfg:g}"] for cfg in CFGS]
     result["passed"] = {name: all((own[name] <= bound) if name == "copies" else (own[name] >= bound) for own in judged) for name, bound in BOUNDS.items()}
     (HERE / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
-    few = teacher_pairs(parts(22, 8, True), 32, (4.0,), 33).end  # eight prompts, four seeds each
+    few = teacher_pairs(parts(22, 8, True), 32, 4.0, 33).end  # eight prompts, four seeds each
     raw = few / pca["scale"].view(1, -1, 1, 1) + pca["mean"].view(1, -1, 1, 1)
     with torch.inference_mode():
         pictures = make_vae().decode(raw)

@@ -14,7 +14,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS, SCHEMA = ROOT / "workflows", Path(__file__).with_name("schema.json")
-COLUMN, GAP, LINE = 340, 40, 24  # pixels of the canvas
+COLUMN, GAP, LINE, TALL = 340, 40, 24, 1000  # pixels of the canvas; a column takes nodes of the next depth up to TALL
+GROWS = {"SaveImage": 260, "PreviewImage": 260, "CLIPTextEncode": 60, "MTEODistill": 200, "MTEOKSampler": 200, "KSampler": 200, "SamplerCustom": 200}  # pictures, texts
 SEEDS = ("seed", "noise_seed")
 
 
@@ -43,7 +44,7 @@ def depths(graph: dict) -> dict[str, int]:
 def workflow(graph: dict, objects: dict) -> dict:
     """ComfyUI's saved form (version 0.4) of an API graph."""
     links, nodes, at, outputs = [], [], {}, {}
-    depth, heights = depths(graph), {}
+    depth, column, top, deepest = depths(graph), 0, 0, 0
     for order, (number, node) in enumerate(sorted(graph.items(), key=lambda entry: (depth[entry[0]], int(entry[0])))):
         about, inputs, widgets = objects[node["class_type"]], [], []
         for name, kind, options in fields_of(about):
@@ -52,7 +53,7 @@ def workflow(graph: dict, objects: dict) -> dict:
             shown = "COMBO" if isinstance(kind, list) else kind
             if is_widget:
                 widgets.append(value if value is not None else options.get("default"))
-                if name in SEEDS and options.get("control_after_generate"):
+                if kind == "INT" and options.get("control_after_generate", name in SEEDS):  # the page's own rule
                     widgets.append("fixed")
                 inputs.append({"name": name, "type": shown, "widget": {"name": name}, "link": None})
             else:
@@ -63,16 +64,15 @@ def workflow(graph: dict, objects: dict) -> dict:
                 inputs[-1]["link"] = len(links)
                 outputs.setdefault((source, slot), []).append(len(links))
         height = 40 + LINE * (max(len([i for i in inputs if "widget" not in i]), len(about["output"])) + len(widgets)) + 16
-        if node["class_type"] in ("SaveImage", "PreviewImage"):
-            height += 260
-        if node["class_type"] == "CLIPTextEncode":
-            height += 60
-        top = heights.get(depth[number], 0)
-        heights[depth[number]] = top + height + 2 * GAP
+        height += GROWS.get(node["class_type"], 0)
+        if depth[number] > deepest and top + height > TALL:
+            column, top = column + 1, 0
+        deepest = depth[number]
         at[number] = len(nodes)
-        nodes.append({"id": int(number), "type": node["class_type"], "pos": [depth[number] * (COLUMN + GAP), top], "size": [COLUMN, height], "flags": {}, "order": order, "mode": 0,
+        nodes.append({"id": int(number), "type": node["class_type"], "pos": [column * (COLUMN + GAP), top], "size": [COLUMN, height], "flags": {}, "order": order, "mode": 0,
                       "inputs": inputs, "outputs": [], "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": widgets,
                       **({"title": node["_meta"]["title"]} if "_meta" in node else {})})
+        top += height + 2 * GAP
     for number, node in graph.items():
         about = objects[node["class_type"]]
         nodes[at[number]]["outputs"] = [{"name": name, "type": kind, "slot_index": slot, "links": outputs.get((number, slot), [])}
@@ -93,14 +93,14 @@ def write_json(path: Path, value) -> None:
 
 
 def picture(server, entry: dict) -> Image.Image:
-    """What a template's SaveImage nodes made, side by side."""
+    """What a template's SaveImage nodes made: four in a square, else side by side."""
     saved = [one for output in entry["outputs"].values() for one in output.get("images", []) if one["type"] == "output"]
     images = [Image.open(io.BytesIO(server.get(f"/view?filename={one['filename']}&subfolder={one['subfolder']}&type=output"))).convert("RGB") for one in saved]
-    strip = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)))
-    left = 0
-    for image in images:
-        strip.paste(image, (left, 0))
-        left += image.width
+    across = 2 if len(images) == 4 else len(images)
+    wide, tall = max(image.width for image in images), max(image.height for image in images)
+    strip = Image.new("RGB", (wide * across, tall * -(-len(images) // across)))
+    for place, image in enumerate(images):
+        strip.paste(image, (wide * (place % across), tall * (place // across)))
     return strip
 
 

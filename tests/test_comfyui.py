@@ -38,9 +38,9 @@ def zero_embeddings(model, sampler, sigmas, fill=0.0):
     sampling = model.get_model_object("model_sampling")
     tableau = read_tableau(sampler, sigmas, sampling)
     rows = len(tableau.row_sigmas)
-    offsets = {site.path: torch.full((rows, site.width), fill) for site in find_sites(model.model.diffusion_model, "embedding")}
+    offsets = {site.path: torch.full((1, rows, site.width), fill) for site in find_sites(model.model.diffusion_model, "embedding")}
     timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Embeddings({len(sigmas) - 1: Table(len(sigmas) - 1, sigmas.tolist(), timesteps, "", tableau, offsets)}, "embedding")
+    return Embeddings({len(sigmas) - 1: Table(len(sigmas) - 1, sigmas.tolist(), timesteps, "", tableau, [1.0], offsets)}, "embedding")
 
 
 ODE_SAMPLERS = ["euler", "heun", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc"]
@@ -59,7 +59,7 @@ def test_the_table_of_a_sampler_is_the_sampler(comfy_objects, name):
         tableau = read_tableau(sampler, sigmas, model.get_model_object("model_sampling"), name)
         assert torch.equal(sigmas, kept)
         own = sample(model, positive, negative, sampler, sigmas.clone())
-        told = sample(model, positive, negative, tableau_sampler(tableau), sigmas.clone())
+        told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau), sigmas.clone())
         assert (own - told).abs().max() / own.abs().max() < 1e-5
 
 
@@ -160,7 +160,7 @@ def test_wrong_tables_leave_the_model_as_it_was(comfy_objects):
         with pytest.raises(MTEOError, match="no table for 5 steps: they hold 3"):
             apply_embeddings(model, embeddings, steps=5)
         offsets = embeddings.tables[3].offsets
-        offsets["middle_block.0.emb_layers.1"] = torch.zeros(3, 7)
+        offsets["middle_block.0.emb_layers.1"] = torch.zeros(1, 3, 7)
         with pytest.raises(MTEOError, match=r"middle_block.0.emb_layers.1 takes 512 numbers, the table has 7"):
             apply_embeddings(model, embeddings)
         offsets["joint_blocks.0.x_block.adaLN_modulation.1"] = offsets.pop("middle_block.0.emb_layers.1")
@@ -243,9 +243,8 @@ def test_the_model_as_it_was_after_an_error_in_mid_sampling(comfy_objects):
 
 
 def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
-    """A table with corrected rows, stopped after two steps, leaves the x of the third call."""
+    """A table with learned rows, stopped after two steps, leaves the x of the third call."""
     from mteo.comfyui.sampling import sample_latent
-    from mteo.tableau import with_matrix
 
     model, _, positive, negative = comfy_objects
     with torch.inference_mode():
@@ -253,7 +252,7 @@ def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
 
         embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model), fill=0.1)
         table = embeddings.tables[3]
-        table.base, table.tableau = table.tableau, with_matrix(table.tableau, table.tableau.matrix * 1.01)
+        table.learned = 1.01 * table.tableau.matrix[None]
         latent = {"samples": torch.zeros(1, 32, 8, 8), "downscale_ratio_spacial": 8}
         take = lambda **more: sample_latent(model, embeddings, latent, 5, positive, negative, cfg=4.0, **more)["samples"]
         noisy, early, whole = take(end_step=2, leftover_noise=True), take(end_step=2), take()
@@ -295,3 +294,31 @@ def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objec
     embeddings.model["fingerprint"] = {path: [-value for value in values] for path, values in own.items()}
     with pytest.raises(MTEOError, match="distilled for another model"):
         apply_embeddings(model, embeddings)
+
+
+def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_objects):
+    """Offsets and learned rows at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway the mean of both; beyond, the end one's."""
+    import comfy.samplers
+
+    from mteo.comfyui.sampling import applied
+    from mteo.embeddings import Embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
+        one, three, mean, both = (zero_embeddings(model, sampler, sigmas) for _ in range(4))
+        for own, fill, scale in ((one, 0.1, 1.01), (three, 0.3, 1.03), (mean, 0.2, 1.02)):
+            own.tables[3].learned = scale * own.tables[3].tableau.matrix[None]
+            own.tables[3].offsets = {path: rows + fill for path, rows in own.tables[3].offsets.items()}
+        table = both.tables[3]
+        table.guidance, table.learned = [1.0, 3.0], torch.cat([own.tables[3].learned for own in (one, three)])
+        table.offsets = {path: torch.cat([one.tables[3].offsets[path], three.tables[3].offsets[path]]) for path in table.offsets}
+
+        def take(embeddings: Embeddings, cfg: float):
+            patched, own_sampler, own_sigmas = applied(model, embeddings)
+            return sample(patched, positive, negative, own_sampler, own_sigmas, cfg)
+
+        for cfg, own in ((1.0, one), (3.0, three), (8.0, three)):
+            assert torch.equal(take(both, cfg), take(own, cfg)), cfg
+        assert torch.allclose(take(both, 2.0), take(mean, 2.0), atol=1e-4)
+        assert not torch.allclose(take(both, 2.0), take(three, 2.0), atol=1e-2)

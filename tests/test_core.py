@@ -119,8 +119,8 @@ def test_offsets_get_a_gradient_and_weights_none():
 @pytest.fixture
 def embeddings():
     tableau = euler_tableau(SIGMAS)
-    offsets = {"input_blocks.0.0.emb_layers.1": torch.randn(3, 6)}
-    return Embeddings({3: Table(3, SIGMAS.tolist(), [999.0, 700.0, 300.0], "euler", tableau, offsets)}, "embedding", {"family": "unet"})
+    offsets = {"input_blocks.0.0.emb_layers.1": torch.randn(2, 3, 6)}
+    return Embeddings({3: Table(3, SIGMAS.tolist(), [999.0, 700.0, 300.0], "euler", tableau, [1.0, 4.0], offsets)}, "embedding", {"family": "unet"})
 
 
 def test_file_round_trip_and_same_bytes(embeddings, tmp_path):
@@ -147,7 +147,7 @@ def test_broken_files_get_one_sentence(embeddings, tmp_path):
     with pytest.raises(MTEOError, match="hash differs|not finite"):
         load_embeddings(path)
     start = 8 + struct.unpack("<Q", whole[:8])[0]
-    at = whole.index(struct.pack("<f", float(embeddings.tables[3].offsets["input_blocks.0.0.emb_layers.1"][0, 0])), start)
+    at = whole.index(struct.pack("<f", float(embeddings.tables[3].offsets["input_blocks.0.0.emb_layers.1"][0, 0, 0])), start)
     path.write_bytes(whole[:at] + struct.pack("<f", float("nan")) + whole[at + 4 :])
     with pytest.raises(MTEOError, match="not finite"):
         load_embeddings(path)

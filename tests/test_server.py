@@ -11,7 +11,7 @@ from PIL import Image
 from mteo.embeddings import Embeddings, Table, save_embeddings
 from mteo.tableau import euler_tableau
 from tests.server import Server
-from tests.templates import SCHEMA, WORKFLOWS, fields_of, schema, workflow
+from tests.templates import SCHEMA, SEEDS, WORKFLOWS, fields_of, schema, workflow
 
 PACK = Path(__file__).resolve().parent.parent
 SIGMAS = [14.614640, 3.0, 0.6, 0.0]
@@ -29,7 +29,7 @@ def server(comfyui_root, tmp_path_factory):
     whole = (models / "zero.safetensors").read_bytes()
     (models / "cut.safetensors").write_bytes(whole[:-100])
     broken = embeddings(SITE)
-    broken.tables[3].offsets[SITE][1, 5] = float("nan")
+    broken.tables[3].offsets[SITE][0, 1, 5] = float("nan")
     save_embeddings(broken, models / "nan.safetensors")
     yield running
     running.stop()
@@ -45,7 +45,7 @@ def embeddings(site, model=None):
 
     kind = type("Sampling", (ModelSamplingDiscrete, EPS), {})
     times = [float(kind().timestep(torch.tensor(sigma))) for sigma in SIGMAS[:-1]]
-    return Embeddings({3: Table(3, SIGMAS, times, "euler", euler_tableau(torch.tensor(SIGMAS)), {site: torch.zeros(3, 512)})}, "embedding", {"family": "unet", **(model or {})})
+    return Embeddings({3: Table(3, SIGMAS, times, "euler", euler_tableau(torch.tensor(SIGMAS)), [1.0], {site: torch.zeros(1, 3, 512)})}, "embedding", {"family": "unet", **(model or {})})
 
 
 def api(name: str) -> dict:
@@ -99,6 +99,12 @@ def test_every_input_has_a_tooltip(objects):
                 assert options.get("tooltip"), f"{name}.{field}"
 
 
+def test_every_seed_says_whether_the_page_may_change_it(objects):
+    """Left unsaid, the page adds its control to inputs of these names: saved values then shift by one, and each Run trains anew [18]."""
+    told = {name: options.get("control_after_generate") for name, about in objects.items() if name.startswith("MTEO") for field, _, options in fields_of(about) if field in SEEDS}
+    assert told == {"MTEOKSampler": True, "MTEODistill": False}
+
+
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
 def test_a_template_is_its_api_copy_and_has_a_picture(objects, path):
     assert json.loads(path.read_text()) == workflow(api(path.stem), objects)
@@ -132,7 +138,7 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
     assert stopped and any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
     assert sum(isinstance(message, bytes) for message in messages) >= 2, "the student's picture is shown while it trains"
     folders = list((server.base / "output" / "mteo").iterdir())
-    assert len(folders) == 1 and (folders[0] / "state.pt").is_file() and not (folders[0] / "table.safetensors").exists()
+    assert len(folders) == 1 and (folders[0] / "state-0.pt").is_file() and not (folders[0] / "table.safetensors").exists()
     chunks = {path: path.stat().st_mtime_ns for path in (folders[0] / "teacher").iterdir()}
 
     sheet = pictures(server, server.queue(compare), "16")[0]

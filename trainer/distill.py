@@ -1,6 +1,6 @@
 """Distil a table in a run folder; stop it and the same command goes on.
 
-Writes run.json (all settings as resolved), teacher/ (trajectories), state.pt, log.jsonl, previews/, loss.png, sheet.png, table.safetensors.
+Writes run.json (all settings as resolved), teacher/ (trajectories), state-N.pt and log-N.jsonl for each cfg value, previews/, loss.png, sheet.png, table.safetensors.
 """
 from .comfyui import empty_latent, encode, find_root, load, open_comfyui
 from .config import Run, read_run
@@ -24,10 +24,10 @@ def distill_run(told: Run):
         model, clip, vae = load(told.model)
         positives, negative = [encode(clip, text) for text in told.prompts], encode(clip, told.negative)
 
-        def show(iteration, picture):
+        def show(number, iteration, picture):
             (told.folder / "previews").mkdir(exist_ok=True)
             latent = model.model.process_latent_out(picture.detach().float().cpu())
-            sheet({"": vae.decode(latent)}).save(told.folder / "previews" / f"{iteration:06}.png")
+            sheet({"": vae.decode(latent)}).save(told.folder / "previews" / f"{number}-{iteration:06}.png")
 
         bars = Bars(show)
         try:
@@ -38,6 +38,8 @@ def distill_run(told: Run):
         labels = {"teacher": "teacher", "plain": f"plain {steps} steps", "mteo": f"MTEO {steps} steps"}
         sheet({label: vae.decode(made.previews[name]) for name, label in labels.items()}, captions=told.prompts).save(told.folder / "sheet.png")
         plot_loss(made.log, told.folder / "loss.png")
-    first, best = made.log[0]["held_out"], made.log[-1]["best"]
-    print(f"held-out error {first:.4f} -> {best:.4f} ({best / first:.2f} of the plain solver); table: {told.folder / 'table.safetensors'}")
+    for cfg in told.recipe.guidance:
+        own = [line for line in made.log if line["cfg"] == cfg]
+        print(f"cfg {cfg:g}: held-out error {own[0]['held_out']:.4f} -> {own[-1]['best']:.4f} ({own[-1]['best'] / own[0]['held_out']:.2f} of where it started)")
+    print(f"table: {told.folder / 'table.safetensors'}")
     return made

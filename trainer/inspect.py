@@ -16,14 +16,15 @@ def describe(path: Path) -> list[str]:
     """Lines of text."""
     embeddings = load_embeddings(path)
     numbers = lambda values: " ".join(f"{value:.4g}" for value in values)
-    lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}, cfg {numbers(embeddings.model.get('guidance', []))}"]
+    lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}"]
     for steps, table in sorted(embeddings.tables.items()):
-        lines.append(f"{steps} steps of {table.solver}{', rows corrected' if table.corrected else ''}; sigmas {numbers(table.sigmas)}")
-        log = table.record.get("log", [])
-        if log:
-            lines.append(f"  held-out error {log[0]['held_out']:.4f} -> {log[-1]['best']:.4f} in {log[-1]['iteration']} optimiser steps")
+        lines.append(f"{steps} steps of {table.solver}{', rows learned' if table.learned is not None else ''}; sigmas {numbers(table.sigmas)}; cfg {numbers(table.guidance)}")
         width = max(map(len, table.offsets))
-        lines.append(f"  {'root mean square of Δ, row:':{width}} " + " ".join(f"{row:>8}" for row in range(len(table.tableau.row_sigmas))))
-        for site, rows in table.offsets.items():
-            lines.append(f"  {site:{width}} " + " ".join(f"{float(value):8.4f}" for value in rows.square().mean(1).sqrt()))
+        for number, cfg in enumerate(table.guidance):
+            log = [line for line in table.record.get("log", []) if line["cfg"] == cfg]
+            if log:
+                lines.append(f"  cfg {cfg:g}: held-out error {log[0]['held_out']:.4f} -> {log[-1]['best']:.4f} in {log[-1]['iteration']} optimiser steps")
+            lines.append(f"  {'root mean square of Δ, row:':{width}} " + " ".join(f"{row:>8}" for row in range(len(table.tableau.row_sigmas))))
+            for site, rows in table.offsets.items():
+                lines.append(f"  {site:{width}} " + " ".join(f"{float(value):8.4f}" for value in rows[number].square().mean(1).sqrt()))
     return lines

@@ -10,7 +10,9 @@ class Bars:
     def __init__(self, show=None):
         self.bar, self.stage, self.show = None, None, show
 
-    def __call__(self, stage: str, done: int, total: int, picture=None, **facts):
+    def __call__(self, stage: str, done: int, total: int, part=(0, 1), picture=None, **facts):
+        if part[1] > 1:
+            stage = f"{stage} ({part[0] + 1} of {part[1]} cfg values)"
         if stage != self.stage:
             self.close()
             self.stage, self.bar = stage, tqdm(total=total, desc=stage, initial=done)
@@ -18,7 +20,7 @@ class Bars:
         if facts:
             self.bar.set_postfix({name: f"{facts[name]:.4f}" for name in ("loss", "held_out", "best") if facts.get(name) is not None})
         if picture is not None and self.show:
-            self.show(facts["iteration"], picture)
+            self.show(part[0], facts["iteration"], picture)
 
     def close(self):
         if self.bar is not None:
@@ -27,17 +29,17 @@ class Bars:
 
 
 def plot_loss(log: list[dict], path: Path) -> None:
-    """Training loss and held-out error over optimiser steps."""
+    """Held-out error over optimiser steps, for each cfg value."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    steps = [line["iteration"] for line in log]
-    axis.plot(steps, [line["held_out"] for line in log], "o-", label="held out (nRMSE)")
-    axis.set(xlabel="optimiser steps", ylabel="error to the teacher (0 = the same picture)", ylim=(0, None))
-    axis.axhline(log[0]["held_out"], color="grey", linestyle=":", label="plain model")
+    for cfg in dict.fromkeys(line["cfg"] for line in log):
+        own = [line for line in log if line["cfg"] == cfg]
+        axis.plot([line["iteration"] for line in own], [line["held_out"] for line in own], "o-", label=f"cfg {cfg:g}")
+    axis.set(xlabel="optimiser steps", ylabel="held-out error to the teacher (0 = the same picture)", ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -13,8 +13,7 @@ from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
 from ..fingerprint import difference, fingerprint, verdict
 from ..injection import Offsets, attach, detach
-from ..tableau import Tableau, with_matrix
-from .solver import read_tableau, sampler_name
+from .solver import cfg_of, read_tableau, sampler_name
 
 KEY = "mteo"
 KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
@@ -29,13 +28,19 @@ class Patch:
     def __init__(self, table: Table, space: str, strength: float = 1.0, off_grid: str = "error"):
         if off_grid not in POLICIES:
             raise MTEOError(f'off_grid is "{off_grid}": choose one of {", ".join(POLICIES)}.')
-        self.table, self.space, self.off_grid = table, space, off_grid
-        self.offsets = Offsets({path: rows.detach().clone() for path, rows in table.offsets.items()})
+        self.table, self.space, self.off_grid, self.strength = table, space, off_grid, strength
+        self.cfg = table.guidance[0]
+        self.offsets = Offsets(table.offsets_at(self.cfg))
         self.offsets.scale = strength
-        self.tableau = scaled_tableau(table, strength)
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.handles: dict[int, list] = {}
         self.passed = None  # the last (model sampling, SAMPLER, sigmas) that were found to be the table's
+
+    def at(self, cfg: float) -> None:
+        """From now on the offsets for this cfg."""
+        if cfg != self.cfg:
+            self.cfg = cfg
+            self.offsets.replace(self.table.offsets_at(cfg))
 
     def inject(self, patcher) -> None:
         kept = getattr(patcher.model, KEPT, None)
@@ -59,9 +64,8 @@ class Patch:
         if self.row_sigmas.device != sigma.device:
             self.row_sigmas = self.row_sigmas.to(sigma.device)
         rows, sigma = self.row_sigmas, sigma.float().clamp_min(1e-10)
-        distance = (sigma[:, None] / rows[None]).log().abs()
-        nearest, index = distance.min(1)
-        one = torch.nn.functional.one_hot(index, len(rows)).float()
+        nearest, index = (sigma[:, None] / rows).log().abs().min(1)
+        one = torch.eye(len(rows), device=rows.device)[index]
         if self.off_grid == "nearest":
             return one
         on_grid = (nearest < SAME_SIGMA)[:, None]
@@ -78,14 +82,16 @@ class Patch:
             self.offsets.select(None)
 
     def check_sampling(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        """OUTER_SAMPLE wrapper: before any evaluation, the schedule and the sampler must be the table's [3]."""
+        """OUTER_SAMPLE wrapper: the offsets of the guider's cfg; before any evaluation, the schedule and the sampler must be the table's [3]."""
+        guider = executor.class_obj
+        self.at(cfg_of(guider))
         if self.off_grid == "error":
-            sampling = executor.class_obj.model_patcher.get_model_object("model_sampling")
-            asked = (sampling, sampler, sigmas.tolist())
+            sampling = guider.model_patcher.get_model_object("model_sampling")
+            asked = (sampling, sampler, sigmas.tolist(), self.cfg)
             if asked != self.passed:  # what passed once is not probed again
                 require_schedule(self.table, sigmas)
                 require_timesteps(self.table, sampling)
-                require_solver(self.tableau, self.table.solver, sampler, sigmas, sampling)
+                require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
                 self.passed = asked
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -99,13 +105,6 @@ def between(rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     share = ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)[:, None]
     one = lambda index: torch.nn.functional.one_hot(order[index], len(rows)).float()
     return (1 - share) * one(low) + share * one(high)
-
-
-def scaled_tableau(table: Table, strength: float) -> Tableau:
-    """The solver with `strength` of its learned correction: 0 = the named solver, 1 = as trained."""
-    if table.base is None:
-        return table.tableau
-    return with_matrix(table.tableau, table.base.matrix + strength * (table.tableau.matrix - table.base.matrix))
 
 
 def close(asked: list[float], own: list[float]) -> bool:
@@ -133,16 +132,16 @@ def require_timesteps(table: Table, sampling) -> None:
             raise MTEOError(f"The model reads sigma {sigma:.4g} as time {now:.4g}, this table was trained with {trained:.4g}: remove the node that changes the model's sampling.")
 
 
-def require_solver(tableau: Tableau, name: str, sampler, sigmas: torch.Tensor, sampling) -> None:
-    """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's."""
+def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor, sampling, cfg: float) -> None:
+    """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's at `cfg`."""
     own = sampler_name(sampler)
-    wrong = MTEOError(f"The sampler {own} is not the one this table was trained for, {name}: connect the SAMPLER output of Apply MTEO to the sampler node.")
+    wrong = MTEOError(f"The sampler {own} is not the one this table was trained for, {table.solver}: connect the SAMPLER output of Apply MTEO to the sampler node.")
     try:
-        asked = read_tableau(sampler, sigmas, sampling, own)
+        asked = read_tableau(sampler, sigmas, sampling, own, cfg)
     except MTEOError as error:
         raise wrong from error
     size = asked.matrix.shape[0]
-    trained = tableau.matrix[:size, :size]
+    trained = table.tableau_at(cfg, strength).matrix[:size, :size]
     if trained.shape != asked.matrix.shape or not (asked.matrix - trained).abs().max() <= SAME_SOLVER * trained.abs().max():
         raise wrong
 
@@ -195,8 +194,8 @@ def require_sites(network: torch.nn.Module, table: Table, space: str) -> None:
         width = getattr(modules.get(path), "in_features" if space == "embedding" else "out_features", None)
         if width is None:
             raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.")
-        if width != rows.shape[1]:
-            raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[1]}. Load the table that was distilled for this model.")
+        if width != rows.shape[-1]:
+            raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[-1]}. Load the table that was distilled for this model.")
 
 
 def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:

@@ -8,14 +8,14 @@ import torch
 
 from ..embeddings import Embeddings
 from ..errors import MTEOError
-from .patch import apply_embeddings, scaled_tableau
+from .patch import apply_embeddings
 from .solver import table_sampler
 
 
 def applied(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
     """(MODEL, SAMPLER, SIGMAS [K+1]) of Apply MTEO."""
     patched, table = apply_embeddings(model, embeddings, steps, strength, off_grid)
-    return patched, table_sampler(table, scaled_tableau(table, strength)), torch.tensor(table.sigmas)
+    return patched, table_sampler(table, strength), torch.tensor(table.sigmas)
 
 
 def samples_for(model, latent: dict) -> torch.Tensor:

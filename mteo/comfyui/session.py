@@ -24,8 +24,7 @@ class Session:
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device = latent, latent.device
         self.sampling = model_wrap.inner_model.model_sampling
-        patch = guider.model_patcher.get_attachment("mteo")
-        self.offsets = patch.offsets if patch else None  # of the table on the model
+        self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)
 

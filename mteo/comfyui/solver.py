@@ -11,11 +11,11 @@ from ..tableau import Tableau, combine, probe
 class _ProbeModel:
     """What a k-diffusion sampler may ask of `model`, around a plain `denoise(x, sigma)`."""
 
-    def __init__(self, denoise, model_sampling, name: str):
+    def __init__(self, denoise, model_sampling, name: str, cfg: float):
         self._denoise, self._name = denoise, name
         self.model_sampling = model_sampling
         self.inner_model = self.model_patcher = self  # samplers look for model_sampling one and two levels down
-        self.cfg = 1.0
+        self.cfg = cfg
 
     def get_model_object(self, name: str):
         if name != "model_sampling":
@@ -34,8 +34,13 @@ def sampler_name(sampler) -> str:
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 
-def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None = None) -> Tableau:
-    """The coefficients of a SAMPLER object on `sigmas` [K+1], with the model's own model_sampling.
+def cfg_of(guider) -> float:
+    """The cfg that a guider samples with; 1 where it has none."""
+    return float(getattr(guider, "cfg", 1.0))
+
+
+def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None = None, cfg: float = 1.0) -> Tableau:
+    """The coefficients of a SAMPLER object on `sigmas` [K+1], with the model's own model_sampling, under a guider with `cfg`.
 
     Raises MTEOError by name where the sampler adds noise, adapts its steps, registers a post-cfg function or is not linear.
     """
@@ -46,16 +51,17 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
         sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, sampler.extra_options)  # ddim: inpainting noise only
 
     def run(denoise, x, grid):
-        model = _ProbeModel(denoise, model_sampling, name)
+        model = _ProbeModel(denoise, model_sampling, name, cfg)
         return sampler.sampler_function(model, x, grid, extra_args={"model_options": {}, "seed": 0}, callback=None, disable=True, **sampler.extra_options)
 
     return probe(run, sigmas, name)
 
 
-def tableau_sampler(tableau: Tableau) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the stored table: for solvers whose coefficients were corrected. It stops where `sigmas` stops."""
+def tableau_sampler(tableau_at) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider). It stops where `sigmas` stops."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        tableau = tableau_at(cfg_of(model.inner_model))
         last, ones = float(sigmas[-1]), x.new_ones(len(x))
         calls = next((call for call, sigma in enumerate(tableau.sigmas.tolist()) if sigma <= last * (1 + 1e-4)), len(tableau.sigmas))
         terms, matrix = [x], tableau.matrix
@@ -71,8 +77,8 @@ def tableau_sampler(tableau: Tableau) -> comfy.samplers.KSAMPLER:
     return comfy.samplers.KSAMPLER(sample_mteo)
 
 
-def table_sampler(table: Table, tableau: Tableau) -> comfy.samplers.KSAMPLER:
-    """The SAMPLER of a table: the named one where nothing was corrected, else one that executes `tableau`."""
-    if table.corrected or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
-        return tableau_sampler(tableau)
+def table_sampler(table: Table, strength: float = 1.0) -> comfy.samplers.KSAMPLER:
+    """The SAMPLER of a table: the named one where nothing was learned of it, else one that executes its coefficients."""
+    if table.learned is not None or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
+        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength))
     return comfy.samplers.sampler_object(table.solver)

@@ -3,7 +3,8 @@
 The node and the headless trainer both call `distill_model`.
 """
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import comfy.samplers
@@ -16,7 +17,7 @@ from ..gridsearch import Plain, no_progress, refine, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_family, find_sites
-from ..tableau import Tableau, euler_tableau, execute, with_matrix
+from ..tableau import Tableau, euler_tableau, execute
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
 from .patch import KEY, apply_embeddings, model_fingerprint
@@ -46,7 +47,7 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
     """
     with training_mode():
         sites = find_sites(model.model.diffusion_model, recipe.space)
-        about = dict(family=find_family(model.model.diffusion_model), sampling=type(model.get_model_object("model_sampling")).__name__, guidance=list(recipe.guidance),
+        about = dict(family=find_family(model.model.diffusion_model), sampling=type(model.get_model_object("model_sampling")).__name__,
                      fingerprint=model_fingerprint(model, [site.path for site in sites]))
         name = recipe.solver if sampler is None else sampler_name(sampler)
         run = dict(recipe=recipe.facts(), solver=name, conditions=content_hash([positives, negative]), latent=list(latent.shape), model=about)
@@ -61,12 +62,15 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
                 table = run_session(private, positives, negative, latent, lambda session: choose_solver(session, private.model.diffusion_model, recipe, grid, sampler, name, len(positives), progress))
                 embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
                 store.start(embeddings)
-            table = embeddings.tables[recipe.steps]
-            patched, patch = with_table(private, embeddings)
-            run_session(patched, positives, negative, latent, lambda session: train(session, patch, table, recipe, len(positives), store, progress))
+            parts = []
+            for number in range(len(recipe.guidance)):
+                patched, patch = with_table(private, embeddings)
+                told = partial(progress, part=(number, len(recipe.guidance)))
+                parts.append(run_session(patched, positives, negative, latent, lambda session, n=number, p=patch, t=told: train(session, p, recipe, n, len(positives), store, t)))
+            embeddings.tables[recipe.steps] = joined(parts)
             store.finish(embeddings)
         patched, patch = with_table(private, embeddings)
-        previews = run_session(patched, positives, negative, latent, lambda session: compare(session, patch, embeddings.tables[recipe.steps], recipe, len(positives), SHOWN, recipe.seed + 77))
+        previews = run_session(patched, positives, negative, latent, lambda session: compare(session, patch, recipe, len(positives), SHOWN, recipe.seed + 77))
     return Distilled(embeddings, embeddings.tables[recipe.steps].record["log"], previews)
 
 
@@ -88,16 +92,17 @@ def with_table(private, embeddings: Embeddings):
 
 def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau) -> Table:
     """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model."""
-    offsets = {site.path: torch.zeros(len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
+    offsets = {site.path: torch.zeros(1, len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
     timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, offsets)
+    return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets)
 
 
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
     if isinstance(grid, str):
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
-        pairs = gather(session, teacher, None, recipe, SEARCH, min(64, recipe.pictures), prompts, None, progress)
+        count = min(64, recipe.pictures) // len(recipe.guidance)
+        pairs = join([gather(session, teacher, None, recipe, number, SEARCH, max(count, 1), prompts, None, progress) for number in range(len(recipe.guidance))])
         plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
         with torch.no_grad():
             tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), progress)
@@ -108,12 +113,10 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         base = euler_tableau(grid)
     else:
         base = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
+    table = untrained_table(network, session.sampling, recipe.space, grid, name, base)
+    table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:
-        tableau = with_matrix(base, tableau.matrix)  # training starts from the rows that were found
-    else:
-        tableau = base
-    table = untrained_table(network, session.sampling, recipe.space, grid, name, tableau)
-    table.base, table.solver_options = base, dict(getattr(sampler, "extra_options", {}))
+        table.learned = tableau.matrix[None]  # training starts from the rows that were found
     return table
 
 
@@ -126,81 +129,94 @@ def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
     return read_tableau(comfy.samplers.sampler_object("dpmpp_2m"), sigmas, session.sampling, "dpmpp_2m")
 
 
-def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, stream: int, count: int, prompts: int, store, progress) -> Trajectories:
-    """`count` teacher trajectories of the noise stream; prompts in turn, cfg values in turn. Chunks that the store has are read."""
+def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, number: int, stream: int, count: int, prompts: int, store, progress) -> Trajectories:
+    """`count` teacher trajectories of the noise stream at the recipe's cfg value of that number; prompts in turn. Chunks that the store has are read."""
+    cfg = recipe.guidance[number]
     parts, stage = [], {TRAIN: "teacher", VALIDATION: "teacher, held out", SEARCH: "teacher, for the grid"}[stream]
     for chunk in range(-(-count // CHUNK)):
         progress(stage, chunk * CHUNK, count)
         size = min(CHUNK, count - chunk * CHUNK)
-        part = store.read_chunk(stream, chunk, size) if store else None
+        part = store.read_chunk(stream, number, chunk, size) if store else None
         if part is None:
-            index = torch.arange(chunk * CHUNK, chunk * CHUNK + size)
-            item = (index // len(recipe.guidance) + 7919 * (stream - 1)) % prompts
-            guidance = torch.tensor(recipe.guidance, dtype=torch.float64)[index % len(recipe.guidance)]
-            start = session.start(session.noise(size, (recipe.seed * 4 + stream) * 100_003 + chunk), teacher.sigmas[0])
+            item = (torch.arange(chunk * CHUNK, chunk * CHUNK + size) + 7919 * (stream - 1)) % prompts
+            guidance = torch.full((size,), cfg, dtype=torch.float64)
+            start = session.start(session.noise(size, ((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk), teacher.sigmas[0])
             with torch.no_grad():
                 states, end = follow(teacher, lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g), start, [] if student_sigmas is None else student_sigmas)
             part = Trajectories(start, states, end, item, guidance)
             if store:
-                store.write_chunk(stream, chunk, part)
+                store.write_chunk(stream, number, chunk, part)
         parts.append(part.to(session.device))
     progress(stage, count, count)
     return join(parts)
 
 
-def train(session: Session, patch, table: Table, recipe: Recipe, prompts: int, store: "RunFolder", progress) -> None:
-    """Fill `table` with what was learned."""
-    sigmas = torch.tensor(table.sigmas)
+def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, store: "RunFolder", progress) -> Table:
+    """The patch's table, trained at the recipe's cfg value of that number, which it then is for."""
+    sigmas, total = torch.tensor(patch.table.sigmas), recipe.sequential + recipe.iterations
     teacher = teacher_tableau(session, refined(sigmas, recipe.teacher_steps, float(session.sampling.sigma_min)))
-    pairs = gather(session, teacher, sigmas, recipe, TRAIN, recipe.pictures, prompts, store, progress)
-    held_out = gather(session, teacher, sigmas, recipe, VALIDATION, recipe.held_out, prompts, store, progress)
-    total = recipe.sequential + recipe.iterations
-    offsets = patch.offsets.table = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
-
-    denoise = lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
+    pairs = gather(session, teacher, sigmas, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
+    held_out = gather(session, teacher, sigmas, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
 
     def told(state: State, line: dict | None) -> None:
         if line is None:
             return progress("training", state.iteration, total)
-        store.write_state(state)
+        store.write_state(number, state)
         with torch.no_grad():
             one = held_out.part(slice(0, 1))
-            picture = execute(table.tableau, lambda x, call, sigma: denoise(x, call, sigma, one), one.start)
+            picture = execute(patch.table.tableau_at(recipe.guidance[number]), lambda x, call, sigma: session.denoise(x, sigma, one.item, one.guidance), one.start)
         progress("training", state.iteration, total, picture=picture, **line)
 
-    best, tableau, state = distill(denoise, offsets, table.tableau, pairs, held_out, recipe,
-                                   state=store.read_state(session.device), progress=told)
-    table.base = table.base if recipe.rows != "solver" else None
-    table.offsets, table.tableau = {path: rows.detach().cpu() for path, rows in best.items()}, tableau
-    table.record = dict(recipe=recipe.facts(), log=state.log, prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
+    table = trained(session, patch, recipe, recipe.guidance[number], pairs, held_out, store.read_state(number, session.device), told)
+    table.record |= dict(recipe=recipe.facts(), prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
+    return table
+
+
+def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajectories, held_out: Trajectories, state: State | None, progress) -> Table:
+    """The patch's table after `distill` on pairs of one cfg."""
+    patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
+    denoise = lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
+    best, tableau, state = distill(denoise, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
+    return replace(patch.table, guidance=[cfg], offsets={path: rows.detach().cpu()[None] for path, rows in best.items()},
+                   learned=None if recipe.rows == "solver" else tableau.matrix[None], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))
+
+
+def joined(parts: list[Table]) -> Table:
+    """One table of those that were trained at one cfg value each, in rising order of it."""
+    parts = sorted(parts, key=lambda part: part.guidance[0])
+    record = parts[0].record | dict(log=[line for part in parts for line in part.record["log"]])
+    return replace(parts[0], guidance=[part.guidance[0] for part in parts], offsets={path: torch.cat([part.offsets[path] for part in parts]) for path in parts[0].offsets},
+                   learned=None if parts[0].learned is None else torch.cat([part.learned for part in parts]), record=record)
 
 
 def compare_model(model, embeddings: Embeddings, positives: list, negative, latent: torch.Tensor, recipe: Recipe, count: int, seed: int) -> dict[str, torch.Tensor]:
     """`count` pictures as LATENT by "teacher", "plain" (the named solver on the table's grid) and "mteo", of the same noise."""
     with training_mode():
         patched, patch = with_table(private_copy(model), embeddings)
-        table = embeddings.tables[recipe.steps]
-        return run_session(patched, positives, negative, latent, lambda session: compare(session, patch, table, recipe, len(positives), count, seed))
+        return run_session(patched, positives, negative, latent, lambda session: compare(session, patch, recipe, len(positives), count, seed))
 
 
 @torch.no_grad()
-def compare(session: Session, patch, table: Table, recipe: Recipe, prompts: int, count: int, seed: int) -> dict[str, torch.Tensor]:
+def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, seed: int) -> dict[str, torch.Tensor]:
     """As `compare_model`, at the largest cfg of the recipe, in chunks."""
+    table, cfg = patch.table, max(recipe.guidance)
+    patch.at(cfg)
     fine = teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min)))
     noise, made = session.noise(count, seed), {"teacher": [], "plain": [], "mteo": []}
     for begin in range(0, count, CHUNK):
         item = torch.arange(begin, min(begin + CHUNK, count)) % prompts
-        guidance = torch.full((len(item),), max(recipe.guidance), dtype=torch.float64)
+        guidance = torch.full((len(item),), cfg, dtype=torch.float64)
         start = session.start(noise[begin : begin + CHUNK], torch.tensor(table.sigmas[0]))
         denoise = lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g)
-        for name, tableau, strength in (("teacher", fine, 0.0), ("plain", table.base or table.tableau, 0.0), ("mteo", table.tableau, 1.0)):
+        for name, tableau, strength in (("teacher", fine, 0.0), ("plain", table.tableau, 0.0), ("mteo", table.tableau_at(cfg), 1.0)):
             patch.offsets.scale = strength
             made[name].append(session.out(execute(tableau, denoise, start)))
     return {name: torch.cat(parts) for name, parts in made.items()}
 
 
 class RunFolder:
-    """What a run leaves on disk: run.json, start.safetensors, teacher/*.safetensors, state.pt, log.jsonl, table.safetensors. None = nowhere."""
+    """What a run leaves on disk: run.json, start.safetensors, teacher/*.safetensors, table.safetensors; for each cfg value, by its number in the recipe,
+    state-N.pt and log-N.jsonl. None = nowhere."""
 
     def __init__(self, folder: Path | None, run: dict):
         self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True, indent=1)
@@ -213,24 +229,24 @@ class RunFolder:
         if not own.is_file():
             own.write_text(self.note)
 
-    def chunk(self, stream: int, number: int) -> Path:
-        return self.folder / "teacher" / f"{('train', 'held_out')[stream - 1]}-{number:05}.safetensors"
+    def chunk(self, stream: int, number: int, chunk: int) -> Path:
+        return self.folder / "teacher" / f"{('train', 'held_out')[stream - 1]}-{number}-{chunk:05}.safetensors"
 
-    def read_chunk(self, stream: int, number: int, size: int) -> Trajectories | None:
-        part = load_trajectories(self.chunk(stream, number), self.note) if self.folder else None
+    def read_chunk(self, stream: int, number: int, chunk: int, size: int) -> Trajectories | None:
+        part = load_trajectories(self.chunk(stream, number, chunk), self.note) if self.folder else None
         return part if part is not None and len(part) == size else None
 
-    def write_chunk(self, stream: int, number: int, part: Trajectories) -> None:
+    def write_chunk(self, stream: int, number: int, chunk: int, part: Trajectories) -> None:
         if self.folder:
-            save_trajectories(part, self.chunk(stream, number), self.note)
+            save_trajectories(part, self.chunk(stream, number, chunk), self.note)
 
-    def read_state(self, device) -> State | None:
-        return load_state(self.folder / "state.pt", device) if self.folder else None
+    def read_state(self, number: int, device) -> State | None:
+        return load_state(self.folder / f"state-{number}.pt", device) if self.folder else None
 
-    def write_state(self, state: State) -> None:
+    def write_state(self, number: int, state: State) -> None:
         if self.folder:
-            save_state(state, self.folder / "state.pt")
-            (self.folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.log))
+            save_state(state, self.folder / f"state-{number}.pt")
+            (self.folder / f"log-{number}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in state.log))
 
     def started(self) -> Embeddings | None:
         """What training starts from: its search is not made twice."""

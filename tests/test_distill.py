@@ -53,6 +53,28 @@ def test_the_users_model_is_as_it_was(distilled, parts):
     assert not any(module._forward_pre_hooks for module in network.modules())
 
 
+def test_training_starts_from_what_the_sampler_gets(parts):
+    """x_T of a session is bit for bit that of a sampling with the same noise [9]."""
+    import comfy.sample
+    import comfy.samplers
+
+    from mteo.comfyui.session import private_copy, run_session, training_mode
+
+    model, positives, negative, latent = parts
+    noise, seen = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(3)), []
+    with torch.inference_mode():
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "sgm_uniform", 3)
+
+        def listen(sampled, x, sigmas, **options):
+            seen.append(x.clone())
+            return x
+
+        comfy.sample.sample_custom(model, noise, 1.0, comfy.samplers.KSAMPLER(listen), sigmas, positives[0], negative, latent, disable_pbar=True, seed=0)
+    with training_mode():
+        start = run_session(private_copy(model), positives, negative, latent, lambda session: session.start(noise, sigmas[0]))
+    assert torch.equal(start, seen[0])
+
+
 def test_killed_and_resumed_gives_the_same_bytes(distilled, parts, tmp_path):
     from mteo.comfyui.training import distill_model
 
@@ -69,7 +91,9 @@ def test_killed_and_resumed_gives_the_same_bytes(distilled, parts, tmp_path):
             with pytest.raises(Stop):
                 distill_model(*parts, RECIPE, folder, progress=stop_at(*moment))
         assert not (folder / "table.safetensors").exists() and (folder / "state-0.pt").exists()
-        distill_model(*parts, RECIPE, folder)
+        went_on = []
+        distill_model(*parts, RECIPE, folder, progress=lambda stage, done, total, **facts: went_on.append(done) if stage == "training" else None)
+        assert went_on[0] == 5, "the state after the validation at 4 was not read"
     assert (folder / "table.safetensors").read_bytes() == (distilled[0] / "table.safetensors").read_bytes()
 
 

@@ -3,6 +3,7 @@
 Solver, grid, σ and stopping are chosen on validation pairs, figures are of test pairs: RMSE to the 24-step teacher ÷ its spread.
 """
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,6 +24,7 @@ SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
 SAME = ("euler", "ipndm", "dpmpp_2m")
 CFGS, BETWEEN = (1.0, 4.0), 2.5  # a table is trained at the first two
 STEPS = 3
+SHIPPED, NAMED, FREE = "offsets with rows, free grid", "plain, best named: ", "plain, free "
 TRIALS = 180  # of σ and coefficients for the rival, the same number that a recipe with a free grid takes
 
 
@@ -34,7 +36,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--pictures", type=int, default=1024, help="training pairs of each cfg, for the tables that are trained here")
     parser.add_argument("--iterations", type=int, default=120, help="optimiser steps of them, for each cfg")
     parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
-    parser.add_argument("--cfg", type=float, help="only the rivals and tables of this cfg, for a second process beside; the report needs both")
+    parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
     parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
     told = parser.parse_args(arguments)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
@@ -50,10 +52,16 @@ def run(arguments: list[str]) -> dict:
     tables = {f"offsets with rows, {solver}": (solver, "last") for solver in SAME} | {"offsets only, euler": ("euler", "solver")}
     made = {name: {cfg: stage(folder, f"table-{solver}-{rows}-{cfg:g}-{told.pictures}-{told.iterations}", train_table, seen, solver, named_grid_of(folder, solver), rows, train[cfg], held_out[cfg], told.iterations)
                    for cfg in cfgs} for name, (solver, rows) in tables.items()}
-    if told.until == "tables" or told.cfg is not None:
+    if told.until == "tables":
         return {"cfg": cfgs}
-    tables = {name: Embeddings({STEPS: joined(list(own.values()))}, Recipe().space) for name, own in made.items()}
-    return report(told, folder, fresh, pairs, plain, free, {"offsets with rows, free grid": load_embeddings(told.table)} | tables)
+    shipped = load_embeddings(told.table)
+    name = hashlib.sha256(told.table.read_bytes()).hexdigest()[:8]
+    errors = {cfg: stage(folder, f"test-{cfg:g}-{name}-{told.pictures}-{told.iterations}", errors_at, cfg, folder, fresh["test"], pairs["test"][cfg], plain[cfg], free[cfg],
+                         {SHIPPED: shipped} | {label: Embeddings({STEPS: own[cfg]}, Recipe().space) for label, own in made.items()}) for cfg in cfgs}
+    if told.cfg is not None:
+        return {"cfg": cfgs}
+    logs = {SHIPPED: shipped.tables[STEPS].record["log"]} | {label: joined(list(own.values())).record["log"] for label, own in made.items()}
+    return report(told, folder, fresh["test"], shipped, plain, errors, logs)
 
 
 def named_grid_of(folder: Path, solver: str) -> str:
@@ -114,57 +122,59 @@ def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None
     return own.session(work, embeddings)
 
 
-def report(told, folder, fresh, pairs, plain, free, tables) -> dict:
-    """Every row on the test pairs; the three ratios are of the worst cfg, with that cfg's interval."""
-    sampling = fresh["test"].model.get_model_object("model_sampling")
+def errors_at(cfg: float, folder: Path, own, test: Trajectories, plain: dict, free: dict, tables: dict[str, Embeddings]) -> dict[str, torch.Tensor]:
+    """nRMSE of each test picture, by what made it; the teacher's own against twice its steps."""
+    sampling = own.model.get_model_object("model_sampling")
     grids = named_grids(sampling, STEPS)
-    rows, ratios = {}, {"same": [], "named": [], "free": []}
-    for cfg in CFGS:
-        own, test = fresh["test"], pairs["test"][cfg]
-        errors = {}
-        for name, embeddings in tables.items():
-            errors[name] = test_errors(own, test, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
-        solver, grid = min(((s, g) for s in SOLVERS for g in grids), key=lambda sg: plain[cfg][sg[0]][sg[1]])
-        best_named = f"plain, best named: {solver}/{grid}"
-        errors[best_named] = stage(folder, f"test-{cfg:g}-named", test_errors, own, test, solver_tableau(solver, grids[grid], sampling))
-        for name, (sigmas, matrix) in free[cfg].items():
-            tableau = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
-            errors[f"plain, free {name}"] = stage(folder, f"test-{cfg:g}-free-{name.replace(' ', '-')}", test_errors, own, test, tableau)
-        for name in tables:
-            if name.removeprefix("offsets with rows, ") in SAME:
-                same = name.removeprefix("offsets with rows, ")
-                own_grid = named_grid_of(folder, same)
-                errors[f"plain, {same}/{own_grid}"] = stage(folder, f"test-{cfg:g}-plain-{same}", test_errors, own, test, solver_tableau(same, grids[own_grid], sampling))
-                ratios["same"].append(paired_bootstrap_ratio(errors[name], errors[f"plain, {same}/{own_grid}"]))
-        best = "offsets with rows, free grid"  # the shipped table: nothing is chosen on test pairs in its favour
-        best_free = min((name for name in errors if name.startswith("plain, free")), key=lambda name: float(errors[name].square().mean()))
-        ratios["named"].append(paired_bootstrap_ratio(errors[best], errors[best_named]))
-        ratios["free"].append(paired_bootstrap_ratio(errors[best], errors[best_free]))
-        rows[f"cfg {cfg:g}"] = {name: summary(e) for name, e in errors.items()}
-        finer = stage(folder, f"teacher-48-{cfg:g}", teacher_pairs, own, 64, cfg, 1004, 48)
-        coarse = stage(folder, f"teacher-24-{cfg:g}", teacher_pairs, own, 64, cfg, 1004)
-        rows[f"cfg {cfg:g}"]["teacher, 24 steps to 48"] = nrmse(coarse.end, finer.end)
-    rows[f"cfg {BETWEEN:g}"] = between(folder, fresh["test"], tables["offsets with rows, free grid"], plain, grids)
+    errors = {name: test_errors(own, test, embeddings.tables[STEPS].tableau_at(cfg), embeddings) for name, embeddings in tables.items()}
+    solver, grid = best_named(plain)
+    errors[f"{NAMED}{solver}/{grid}"] = test_errors(own, test, solver_tableau(solver, grids[grid], sampling))
+    for name, (sigmas, matrix) in free.items():
+        errors[f"{FREE}{name}"] = test_errors(own, test, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
+    for solver in SAME:
+        errors[f"plain, {solver}"] = test_errors(own, test, solver_tableau(solver, grids[named_grid_of(folder, solver)], sampling))
+    coarse, finer = (teacher_pairs(own, 64, cfg, 1004, steps).end for steps in (24, 48))
+    return errors | {"teacher, 24 steps to 48": per_picture(coarse, finer)}
+
+
+def best_named(plain: dict[str, dict[str, float]]) -> tuple[str, str]:
+    """(solver, grid) with the least error on validation pairs."""
+    return min(((solver, grid) for solver, grids in plain.items() for grid in grids), key=lambda pair: plain[pair[0]][pair[1]])
+
+
+def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) -> dict:
+    """Every row on the test pairs; the three ratios are of the worst cfg, with that cfg's interval. Of the free rivals the one that is best on the test
+    pairs counts; the table is the shipped one."""
+    ratios = {"same": [], "named": [], "free": []}
+    for made in errors.values():
+        pooled = lambda name, made=made: float(made[name].square().mean())
+        ratios["same"] += [paired_bootstrap_ratio(made[f"offsets with rows, {solver}"], made[f"plain, {solver}"]) for solver in SAME]
+        for kind, start in (("named", NAMED), ("free", FREE)):
+            ratios[kind].append(paired_bootstrap_ratio(made[SHIPPED], made[min((name for name in made if name.startswith(start)), key=pooled)]))
     result = {}
     for name, values in ratios.items():
         worst = max(values)
         result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
-    logs = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in embeddings.tables[STEPS].record.get("log", [])] for name, embeddings in tables.items()}
-    result |= dict(validation=told.validation, test=told.test, weights=weights_name(), rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=logs)
+    result |= {f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)} for name, values in ratios.items() if name != "same"}
+    result |= dict(ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)})
+    result |= dict(validation=told.validation, test=told.test, weights=weights_name(), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
+    rows = {f"cfg {cfg:g}": {name: summary(value) for name, value in made.items()} for cfg, made in errors.items()}
+    rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{hashlib.sha256(told.table.read_bytes()).hexdigest()[:8]}", between, folder, own, shipped, plain)
+    training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}
     show(rows, plain)
+    whole = result | dict(rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=training)
     (ROOT / "bench" / "results").mkdir(exist_ok=True)
-    (ROOT / "bench" / "results" / "heldout.json").write_text(json.dumps(result, indent=1) + "\n")
-    return {name: value for name, value in result.items() if name.startswith("ratio") or name in ("validation", "test", "weights")}
+    (ROOT / "bench" / "results" / "heldout.json").write_text(json.dumps(whole, indent=1) + "\n")
+    return result
 
 
-def between(folder, own, embeddings: Embeddings, plain, grids) -> dict:
+def between(folder: Path, own, shipped: Embeddings, plain) -> dict:
     """The shipped table at a cfg that it was not trained at, beside each plain sampler that is best at a neighbouring cfg."""
-    pairs = stage(folder, f"pairs-test-{BETWEEN:g}", teacher_pairs, own, 256, BETWEEN, 1005)
-    errors = {"offsets with rows, free grid, blended": test_errors(own, pairs, embeddings.tables[STEPS].tableau_at(BETWEEN), embeddings)}
-    for cfg in CFGS:
-        solver, grid = min(((s, g) for s in SOLVERS for g in grids), key=lambda sg: plain[cfg][sg[0]][sg[1]])
-        errors[f"plain, {solver}/{grid}"] = test_errors(own, pairs, solver_tableau(solver, grids[grid], own.model.get_model_object("model_sampling")))
-    return {name: summary(e) for name, e in errors.items()}
+    pairs, sampling = stage(folder, f"pairs-test-{BETWEEN:g}", teacher_pairs, own, 256, BETWEEN, 1005), own.model.get_model_object("model_sampling")
+    errors = {"offsets with rows, blended": test_errors(own, pairs, shipped.tables[STEPS].tableau_at(BETWEEN), shipped)}
+    for solver, grid in {best_named(plain[cfg]) for cfg in CFGS}:
+        errors[f"plain, {solver}/{grid}"] = test_errors(own, pairs, solver_tableau(solver, named_grids(sampling, STEPS)[grid], sampling))
+    return {name: summary(value) for name, value in errors.items()}
 
 
 def summary(errors: torch.Tensor) -> dict[str, float]:

@@ -74,6 +74,13 @@ def test_sample_and_inspect(done):
     assert "3 steps of euler, rows learned" in seen and "middle_block.0.emb_layers.1" in seen
 
 
+def test_comfyuis_nodes_are_imported_not_the_packs(comfyui_root):
+    """From the project's root the pack's own `nodes` would come first [20]."""
+    code = "import sys; sys.path.insert(0, ''); import pathlib, trainer.comfyui as t; t.open_comfyui(t.find_root(sys.argv[1])); import nodes; assert nodes.KSampler"
+    told = subprocess.run([sys.executable, "-c", code, str(comfyui_root)], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr[-1500:]
+
+
 def test_bad_input_gets_one_sentence(done, tmp_path):
     table = done[0] / "run" / "table.safetensors"
     cut = tmp_path / "cut.safetensors"

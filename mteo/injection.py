@@ -39,8 +39,8 @@ class Offsets:
 
     def add(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """tensor [B, D] or [B, T, D] plus the offset, cast to the tensor's own dtype at the site (traps 12)."""
-        offset = self.current[path]
-        return tensor + offset.view(len(offset), *[1] * (tensor.dim() - 2), -1).to(tensor.dtype)  # v = e_l(t_k) + Δ[k, l]
+        offset = self.current[path].to(tensor.dtype)
+        return tensor + (offset if tensor.dim() == 2 else offset[:, None])  # v = e_l(t_k) + Δ[k, l]
 
 
 def attach(network: torch.nn.Module, offsets: Offsets, space: str) -> list:

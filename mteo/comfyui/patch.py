@@ -33,6 +33,7 @@ class Patch:
         self.offsets = Offsets(table.offsets_at(self.cfg))
         self.offsets.scale = strength
         self.row_sigmas = table.tableau.row_sigmas.float()
+        self.one_row = torch.eye(len(self.row_sigmas))
         self.handles: dict[int, list] = {}
         self.passed = None  # the last (model sampling, SAMPLER, sigmas) that were found to be the table's
 
@@ -62,16 +63,16 @@ class Patch:
     def weights(self, sigma: torch.Tensor) -> torch.Tensor:
         """[B, R]: how much of each row each σ [B] gets; all 0 where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
-            self.row_sigmas = self.row_sigmas.to(sigma.device)
-        rows, sigma = self.row_sigmas, sigma.float().clamp_min(1e-10)
-        nearest, index = (sigma[:, None] / rows).log().abs().min(1)
-        one = torch.eye(len(rows), device=rows.device)[index]
+            self.row_sigmas, self.one_row = self.row_sigmas.to(sigma.device), self.one_row.to(sigma.device)
+        rows, sigma = self.row_sigmas, sigma.float()
+        apart, index = (sigma[:, None] / rows - 1).abs().min(1)
+        on_grid = (apart < SAME_SIGMA)[:, None]
+        if self.off_grid in ("error", "off"):
+            return self.one_row[index] * on_grid
+        sigma = sigma.clamp_min(1e-10)
         if self.off_grid == "nearest":
-            return one
-        on_grid = (nearest < SAME_SIGMA)[:, None]
-        if self.off_grid == "interpolate":
-            return torch.where(on_grid, one, between(rows, sigma))
-        return one * on_grid
+            return self.one_row[(sigma[:, None] / rows).log().abs().argmin(1)]
+        return torch.where(on_grid, self.one_row[index], between(rows, sigma))
 
     def apply_model(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: t is σ [B] of each batch row."""

@@ -3,7 +3,6 @@
 Solver, grid, σ and stopping are chosen on validation pairs, figures are of test pairs: RMSE to the 24-step teacher ÷ its spread.
 """
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mteo.recipe import Recipe
 from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 
-from .parts import calls_of, named_grids, parts, solver_tableau, stage, teacher_pairs, weights_name
+from .parts import calls_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
@@ -40,7 +39,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
     told = parser.parse_args(arguments)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
-    folder = ROOT / "runs" / "bench" / f"heldout-{weights_name()}-{told.validation}-{told.test}-{told.search}"
+    folder = ROOT / "runs" / "bench" / f"heldout-{name_of()}-{told.validation}-{told.test}-{told.search}"
     seen, fresh = parts(1, 1024, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
     pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs} for split in fresh}
     plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in cfgs}
@@ -55,8 +54,7 @@ def run(arguments: list[str]) -> dict:
     if told.until == "tables":
         return {"cfg": cfgs}
     shipped = load_embeddings(told.table)
-    name = hashlib.sha256(told.table.read_bytes()).hexdigest()[:8]
-    errors = {cfg: stage(folder, f"test-{cfg:g}-{name}-{told.pictures}-{told.iterations}", errors_at, cfg, folder, fresh["test"], pairs["test"][cfg], plain[cfg], free[cfg],
+    errors = {cfg: stage(folder, f"test-{cfg:g}-{name_of(told.table)}-{told.pictures}-{told.iterations}", errors_at, cfg, folder, fresh["test"], pairs["test"][cfg], plain[cfg], free[cfg],
                          {SHIPPED: shipped} | {label: Embeddings({STEPS: own[cfg]}, Recipe().space) for label, own in made.items()}) for cfg in cfgs}
     if told.cfg is not None:
         return {"cfg": cfgs}
@@ -66,7 +64,10 @@ def run(arguments: list[str]) -> dict:
 
 def named_grid_of(folder: Path, solver: str) -> str:
     """The named grid on which the plain solver does best, both cfg values together: one table has one grid."""
-    plain = [torch.load(folder / f"named-{cfg:g}.pt", weights_only=False)[solver] for cfg in CFGS]
+    files = [folder / f"named-{cfg:g}.pt" for cfg in CFGS]
+    if not all(file.is_file() for file in files):
+        raise SystemExit("The named grids of both cfg values are needed first: run the same command with --until rivals for each.")
+    plain = [torch.load(file, weights_only=False)[solver] for file in files]
     return min(plain[0], key=lambda grid: sum(own[grid] for own in plain))
 
 
@@ -157,9 +158,9 @@ def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) ->
         result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
     result |= {f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)} for name, values in ratios.items() if name != "same"}
     result |= dict(ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)})
-    result |= dict(validation=told.validation, test=told.test, weights=weights_name(), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
+    result |= dict(validation=told.validation, test=told.test, weights=name_of(), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
     rows = {f"cfg {cfg:g}": {name: summary(value) for name, value in made.items()} for cfg, made in errors.items()}
-    rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{hashlib.sha256(told.table.read_bytes()).hexdigest()[:8]}", between, folder, own, shipped, plain)
+    rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{name_of(told.table)}", between, folder, own, shipped, plain)
     training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}
     show(rows, plain)
     whole = result | dict(rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=training)

@@ -46,8 +46,9 @@ def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
         return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
 
 
-def weights_name() -> str:
-    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]
+def name_of(file: Path = WEIGHTS) -> str:
+    """A short name of a file's content: what was made from another one has another name."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
 def stage(folder: Path, name: str, make, *arguments):

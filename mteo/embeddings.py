@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -38,13 +39,7 @@ class Table:
 
     def shares(self, cfg: float) -> torch.Tensor:
         """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours; 1 at a trained value."""
-        at = min(max(cfg, self.guidance[0]), self.guidance[-1])
-        shares = torch.zeros(len(self.guidance))
-        high = next(i for i, value in enumerate(self.guidance) if value >= at)
-        low = max(high - 1, 0)
-        shares[high] = 1.0 if low == high or self.guidance[high] == at else (at - self.guidance[low]) / (self.guidance[high] - self.guidance[low])
-        shares[low] += 1 - shares.sum()
-        return shares
+        return torch.tensor([np.interp(cfg, self.guidance, one) for one in np.eye(len(self.guidance))], dtype=torch.float32)
 
     def offsets_at(self, cfg: float) -> dict[str, torch.Tensor]:
         """Site path -> [R, D] in force at `cfg`."""

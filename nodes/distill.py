@@ -52,7 +52,7 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Int.Input("steps", default=3, min=2, max=16, tooltip="Number of sampling steps of the table."),
                 io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its last row is learned beside the embeddings."),
                 io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default="sgm_uniform", tooltip="The schedule of sigmas; free = search the best one first."),
-                io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
+                io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train, for each cfg value: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
                 io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
             ],

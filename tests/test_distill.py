@@ -130,7 +130,7 @@ def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
 def test_a_searched_grid_with_all_rows_trains_too(parts):
     from mteo.comfyui.training import distill_model
 
-    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6)
+    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, seed=2**62)  # the node's largest seed
     with torch.inference_mode():
         table = distill_model(*parts, recipe).embeddings.tables[3]
     assert table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0

@@ -76,7 +76,7 @@ def test_sample_and_inspect(done):
 
 def test_comfyuis_nodes_are_imported_not_the_packs(comfyui_root):
     """From the project's root the pack's own `nodes` would come first [20]."""
-    code = "import sys; sys.path.insert(0, ''); import pathlib, trainer.comfyui as t; t.open_comfyui(t.find_root(sys.argv[1])); import nodes; assert nodes.KSampler"
+    code = "import sys; sys.path.insert(0, ''); import trainer.comfyui as t; t.open_comfyui(t.find_root(sys.argv[1])); import nodes; assert nodes.KSampler"
     told = subprocess.run([sys.executable, "-c", code, str(comfyui_root)], cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr[-1500:]
 

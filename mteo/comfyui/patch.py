@@ -35,7 +35,7 @@ class Patch:
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.one_row = torch.eye(len(self.row_sigmas))
         self.handles: dict[int, list] = {}
-        self.passed = None  # the last (model sampling, SAMPLER, sigmas) that were found to be the table's
+        self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
     def at(self, cfg: float) -> None:
         """From now on the offsets for this cfg."""

@@ -140,7 +140,7 @@ def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, n
         if part is None:
             item = (torch.arange(chunk * CHUNK, chunk * CHUNK + size) + 7919 * (stream - 1)) % prompts
             guidance = torch.full((size,), cfg, dtype=torch.float64)
-            start = session.start(session.noise(size, ((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk), teacher.sigmas[0])
+            start = session.start(session.noise(size, (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63), teacher.sigmas[0])
             with torch.no_grad():
                 states, end = follow(teacher, lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g), start, [] if student_sigmas is None else student_sigmas)
             part = Trajectories(start, states, end, item, guidance)

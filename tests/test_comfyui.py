@@ -170,7 +170,7 @@ def test_wrong_tables_leave_the_model_as_it_was(comfy_objects):
 
 def test_every_site_of_the_reference_model_is_alive(comfy_objects):
     """A bias before a GroupNorm whose groups have one channel would change nothing."""
-    from mteo.injection import Offsets, attach, detach
+    from mteo.injection import Offsets, attach, detach, find_modules
     from mteo.sites import find_sites
 
     model = comfy_objects[0]
@@ -182,8 +182,8 @@ def test_every_site_of_the_reference_model_is_alive(comfy_objects):
         assert len(sites) >= 10
         for site in sites:
             offsets = Offsets({site.path: torch.full((1, site.width), 0.5)})
-            offsets.select(torch.ones(1, 1))
-            handles = attach(network, offsets, "embedding")
+            offsets.select(torch.tensor([0]))
+            handles = attach(find_modules(network, offsets.table, "embedding"), offsets, "embedding")
             assert (network(x, t, context=context) - plain).abs().max() > 1e-3, site.path
             detach(handles)
 

@@ -6,7 +6,7 @@ import torch
 
 from mteo.embeddings import Embeddings, Table, load_embeddings, save_embeddings
 from mteo.errors import MTEOError
-from mteo.injection import Offsets, attach, detach
+from mteo.injection import Offsets, attach, detach, find_modules
 from mteo.metrics import nrmse, paired_bootstrap_ratio
 from mteo.sites import find_sites
 from mteo.tableau import euler_tableau, execute, probe
@@ -92,13 +92,13 @@ def test_zero_offsets_change_no_bit_and_others_do(space, dtype):
     plain = network(emb)
     table = {site.path: torch.zeros(3, site.width) for site in find_sites(network, space)}
     offsets = Offsets(table)
-    handles = attach(network, offsets, space)
-    offsets.select(torch.tensor([[0.0, 1.0, 0.0]]))
+    handles = attach(find_modules(network, table, space), offsets, space)
+    offsets.select(torch.tensor([1]))
     assert torch.equal(network(emb), plain)
     for rows in table.values():
         rows[1] = 0.5
-    offsets._joined = None
-    offsets.select(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]] * 2))
+    offsets.replace(table)
+    offsets.select(torch.tensor([1, 3] * 2))
     moved = network(emb)
     assert moved.dtype == dtype and not torch.equal(moved[0], plain[0])
     assert torch.equal(moved[1], plain[1]) and torch.equal(moved[3], plain[3])
@@ -110,8 +110,8 @@ def test_offsets_get_a_gradient_and_weights_none():
     network = Network().requires_grad_(False)
     table = {site.path: torch.zeros(3, site.width, requires_grad=True) for site in find_sites(network, "embedding")}
     offsets = Offsets(table)
-    attach(network, offsets, "embedding")
-    offsets.select(torch.tensor([[0.0, 0.0, 1.0]]))
+    attach(find_modules(network, table, "embedding"), offsets, "embedding")
+    offsets.select(torch.tensor([2]))
     network(torch.randn(4, 6)).pow(2).sum().backward()
     assert all(rows.grad[2].abs().sum() > 0 and rows.grad[:2].abs().sum() == 0 for rows in table.values())
 

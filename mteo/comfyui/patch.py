@@ -12,7 +12,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
 from ..fingerprint import difference, fingerprint, verdict
-from ..injection import Offsets, attach, detach
+from ..injection import Offsets, attach, detach, find_modules
 from .solver import cfg_of, read_tableau, sampler_name
 
 KEY = "mteo"
@@ -33,7 +33,7 @@ class Patch:
         self.offsets = Offsets(table.offsets_at(self.cfg))
         self.offsets.scale = strength
         self.row_sigmas = table.tableau.row_sigmas.float()
-        self.one_row = torch.eye(len(self.row_sigmas))
+        self.modules = (None, {})  # (the network, its module of each site): ComfyUI injects three times for one sampling
         self.handles: dict[int, list] = {}
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
@@ -53,30 +53,35 @@ class Patch:
             if kept:
                 detach(kept[1])
             torch._dynamo.reset()
-            setattr(patcher.model, KEPT, (self, attach(patcher.model.diffusion_model, self.offsets, self.space)))
+            setattr(patcher.model, KEPT, (self, self.attach(patcher.model.diffusion_model)))
         else:
-            self.handles[id(patcher)] = attach(patcher.model.diffusion_model, self.offsets, self.space)
+            self.handles[id(patcher)] = self.attach(patcher.model.diffusion_model)
+
+    def attach(self, network) -> list:
+        if self.modules[0] is not network:
+            self.modules = network, find_modules(network, self.offsets.table, self.space)
+        return attach(self.modules[1], self.offsets, self.space)
 
     def eject(self, patcher) -> None:
         detach(self.handles.pop(id(patcher), []))
 
-    def weights(self, sigma: torch.Tensor) -> torch.Tensor:
-        """[B, R]: how much of each row each σ [B] gets; all 0 where the table has none. On the device of σ, without a wait."""
+    def rows(self, sigma: torch.Tensor) -> tuple:
+        """What `Offsets.select` takes for each σ [B]; no row where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
-            self.row_sigmas, self.one_row = self.row_sigmas.to(sigma.device), self.one_row.to(sigma.device)
+            self.row_sigmas = self.row_sigmas.to(sigma.device)
         rows, sigma = self.row_sigmas, sigma.float()
-        apart, index = (sigma[:, None] / rows - 1).abs().min(1)
-        on_grid = (apart < SAME_SIGMA)[:, None]
-        if self.off_grid in ("error", "off"):
-            return self.one_row[index] * on_grid
-        sigma = sigma.clamp_min(1e-10)
         if self.off_grid == "nearest":
-            return self.one_row[(sigma[:, None] / rows).log().abs().argmin(1)]
-        return torch.where(on_grid, self.one_row[index], between(rows, sigma))
+            return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)
+        apart, row = (sigma[:, None] / rows - 1).abs().min(1)
+        on_grid = apart < SAME_SIGMA
+        if self.off_grid in ("error", "off"):
+            return (row.where(on_grid, len(rows)),)
+        low, high, share = between(rows, sigma.clamp_min(1e-10))
+        return row.where(on_grid, low), high, share.where(~on_grid, 0.0)
 
     def apply_model(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: t is σ [B] of each batch row."""
-        self.offsets.select(self.weights(t))
+        self.offsets.select(*self.rows(t))
         try:
             return executor(x, t, *args, **kwargs)
         finally:
@@ -97,15 +102,13 @@ class Patch:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
-def between(rows: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """[B, R] weights of the two rows around each σ, linear in log σ; beyond the ends the end row alone."""
+def between(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two rows around each σ [B] and the share of the second, linear in log σ; beyond the ends the end row alone."""
     order = rows.argsort()
     grid, at = rows[order].log().contiguous(), sigma.log()
     high = torch.searchsorted(grid, at).clamp(1, max(1, len(rows) - 1)).clamp_max(len(rows) - 1)
     low = (high - 1).clamp_min(0)
-    share = ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)[:, None]
-    one = lambda index: torch.nn.functional.one_hot(order[index], len(rows)).float()
-    return (1 - share) * one(low) + share * one(high)
+    return order[low], order[high], ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)
 
 
 def close(asked: list[float], own: list[float]) -> bool:

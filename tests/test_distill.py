@@ -152,3 +152,15 @@ def test_a_model_without_a_factory_is_copied_for_training(parts):
         assert weight.data_ptr() != own.data_ptr() and torch.equal(weight, own) and not weight.is_inference()
         x = torch.ones(1, weight.shape[1], requires_grad=True)
         assert torch.autograd.grad((x @ weight.T).sum(), x)[0].abs().sum() > 0
+
+
+def test_a_lora_in_bypass_mode_is_refused(parts):
+    from mteo.comfyui.training import distill_model
+    from mteo.errors import MTEOError
+
+    model, *rest = parts
+    with torch.inference_mode():
+        hooked = model.clone()
+        hooked.set_injections("bypass_lora", [])
+        with pytest.raises(MTEOError, match="LoRA in bypass mode"):
+            distill_model(hooked, *rest, RECIPE)

@@ -1,5 +1,6 @@
 """How a table acts on a network: hooks that add the row of the current step to what each site reads."""
 import torch
+from torch.nn.functional import embedding
 
 from .errors import MTEOError
 from .sites import SPACES
@@ -14,6 +15,7 @@ class Offsets:
 
     def __init__(self, table: dict[str, torch.Tensor]):
         self.table, self.scale = table, 1.0
+        self.widths = [rows.shape[1] for rows in table.values()]
         self.current: dict[str, torch.Tensor] | None = None
         self._joined: tuple | None = None  # (device, scale) and the rows made for them
 
@@ -28,14 +30,14 @@ class Offsets:
             self.current = None
             return
         joined = self._join(row.device)
-        mixed = joined[row]
+        mixed = embedding(row, joined)  # as joined[row], but its gradient is summed in one order: training repeats bit for bit
         if other is not None:
-            mixed = (1 - share)[:, None] * mixed + share[:, None] * joined[other]
-        self.current = dict(zip(self.table, mixed.split([rows.shape[1] for rows in self.table.values()], dim=1), strict=True))
+            mixed = (1 - share)[:, None] * mixed + share[:, None] * embedding(other, joined)
+        self.current = dict(zip(self.table, mixed.split(self.widths, dim=1), strict=True))
 
     def _join(self, device) -> torch.Tensor:
         """All sites side by side and a row of zeros below, [R + 1, ΣD]; a trained table is joined anew, so that gradients reach its tensors."""
-        trained, key = any(rows.requires_grad for rows in self.table.values()), (device, self.scale)
+        trained, key = next(iter(self.table.values())).requires_grad, (device, self.scale)
         if trained or self._joined is None or self._joined[0] != key:
             rows = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
             joined = self.scale * torch.cat([rows, torch.zeros_like(rows[:1])])

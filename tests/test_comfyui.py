@@ -322,3 +322,12 @@ def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_o
             assert torch.equal(take(both, cfg), take(own, cfg)), cfg
         assert torch.allclose(take(both, 2.0), take(mean, 2.0), atol=1e-4)
         assert not torch.allclose(take(both, 2.0), take(three, 2.0), atol=1e-2)
+
+
+def test_a_row_is_found_within_rounding_and_two_close_rows_are_told_apart(comfyui_root):
+    from mteo.comfyui.patch import windows
+
+    rows = torch.tensor([1.0, 0.9999, 0.5])
+    bounds, row_of = windows(rows)
+    asked = torch.tensor([1.0, 1.00001, 0.99998, 0.9999, 0.50003, 0.5001, 0.4998, 2.0, 0.0])
+    assert row_of[torch.bucketize(asked, bounds)].tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 3]

@@ -33,6 +33,7 @@ class Patch:
         self.offsets = Offsets(table.offsets_at(self.cfg))
         self.offsets.scale = strength
         self.row_sigmas = table.tableau.row_sigmas.float()
+        self.windows, self.row_of_window = windows(self.row_sigmas)
         self.modules = (None, {})  # (the network, its module of each site): ComfyUI injects three times for one sampling
         self.handles: dict[int, list] = {}
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
@@ -68,15 +69,15 @@ class Patch:
     def rows(self, sigma: torch.Tensor) -> tuple:
         """What `Offsets.select` takes for each σ [B]; no row where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
-            self.row_sigmas = self.row_sigmas.to(sigma.device)
+            self.row_sigmas, self.windows, self.row_of_window = (own.to(sigma.device) for own in (self.row_sigmas, self.windows, self.row_of_window))
         rows, sigma = self.row_sigmas, sigma.float()
         if self.off_grid == "nearest":
             return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)
-        apart, row = (sigma[:, None] / rows - 1).abs().min(1)
-        on_grid = apart < SAME_SIGMA
+        row = self.row_of_window[torch.bucketize(sigma, self.windows)]
         if self.off_grid in ("error", "off"):
-            return (row.where(on_grid, len(rows)),)
+            return (row,)
         low, high, share = between(rows, sigma.clamp_min(1e-10))
+        on_grid = row < len(rows)
         return row.where(on_grid, low), high, share.where(~on_grid, 0.0)
 
     def apply_model(self, executor, x, t, *args, **kwargs):
@@ -100,6 +101,18 @@ class Patch:
                 require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
                 self.passed = asked
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+
+
+def windows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(bounds [2R], rising, of the σ that are one with a row's; the row between two bounds [2R + 1], R = none): one search finds all rows of a batch."""
+    order, count = rows.argsort(), len(rows)
+    sigmas = rows[order]
+    middle = (sigmas[:-1] + sigmas[1:]) / 2  # two rows may be as close as float32's rounding of σ is allowed to be [6]
+    low, high = sigmas * (1 - SAME_SIGMA), sigmas * (1 + SAME_SIGMA)
+    low[1:], high[:-1] = torch.maximum(low[1:], middle), torch.minimum(high[:-1], middle)
+    row_of = torch.full((2 * count + 1,), count)
+    row_of[1::2] = order
+    return torch.stack([low, high], 1).flatten(), row_of
 
 
 def between(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

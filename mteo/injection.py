@@ -60,11 +60,11 @@ def find_modules(network: torch.nn.Module, table: dict[str, torch.Tensor], space
     for path, rows in table.items():
         try:
             modules[path] = network.get_submodule(path)
+            width = getattr(modules[path], "in_features" if space == "embedding" else "out_features")
         except AttributeError:
-            raise MTEOError(f"The model has no layer {path}: the table is for another architecture.") from None
-        width = getattr(modules[path], "in_features" if space == "embedding" else "out_features", None)
-        if rows.dim() != 2 or width not in (None, rows.shape[1]):
-            raise MTEOError(f"Layer {path} takes offsets of {width} numbers, the table has the shape {tuple(rows.shape)}: it is for another model.")
+            raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.") from None
+        if rows.shape[1:] != (width,):
+            raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[-1]}. Load the table that was distilled for this model.")
     return modules
 
 

@@ -54,14 +54,15 @@ class Patch:
             if kept:
                 detach(kept[1])
             torch._dynamo.reset()
-            setattr(patcher.model, KEPT, (self, self.attach(patcher.model.diffusion_model)))
+            setattr(patcher.model, KEPT, (self, attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)))
         else:
-            self.handles[id(patcher)] = self.attach(patcher.model.diffusion_model)
+            self.handles[id(patcher)] = attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)
 
-    def attach(self, network) -> list:
+    def find(self, network: torch.nn.Module) -> dict[str, torch.nn.Module]:
+        """The network's module of each site, looked up once; MTEOError where the table is for another network."""
         if self.modules[0] is not network:
             self.modules = network, find_modules(network, self.offsets.table, self.space)
-        return attach(self.modules[1], self.offsets, self.space)
+        return self.modules[1]
 
     def eject(self, patcher) -> None:
         detach(self.handles.pop(id(patcher), []))
@@ -172,7 +173,7 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     """
     table = choose_table(embeddings, steps)
     patch = Patch(table, embeddings.space, strength, off_grid)
-    require_sites(model.model.diffusion_model, table, embeddings.space)
+    patch.find(model.model.diffusion_model)
     require_model(model, embeddings)
     if KEY in model.attachments:
         logging.info("MTEO: this model had a table already, the new one takes its place")
@@ -202,17 +203,6 @@ def choose_table(embeddings: Embeddings, steps: int) -> Table:
         has = ", ".join(map(str, sorted(embeddings.tables)))
         raise MTEOError(f"These embeddings have no table for {steps} steps: they hold {has}.")
     return embeddings.tables[steps]
-
-
-def require_sites(network: torch.nn.Module, table: Table, space: str) -> None:
-    """MTEOError where a site of the table is not in the network or has another width."""
-    modules = dict(network.named_modules())
-    for path, rows in table.offsets.items():
-        width = getattr(modules.get(path), "in_features" if space == "embedding" else "out_features", None)
-        if width is None:
-            raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.")
-        if width != rows.shape[-1]:
-            raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[-1]}. Load the table that was distilled for this model.")
 
 
 def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:

@@ -10,11 +10,12 @@ class Offsets:
     """The table that hooks read, and the offsets in force.
 
     table: site path -> [R, D], all of one R. `select` sets what is added until the next `select`; units are those of the site's
-    tensor. scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit.
+    tensor. scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit. order [N]: the row (R = none) behind each
+    number that `select` takes; without it the rows themselves.
     """
 
-    def __init__(self, table: dict[str, torch.Tensor]):
-        self.table, self.scale = table, 1.0
+    def __init__(self, table: dict[str, torch.Tensor], order: torch.Tensor | None = None):
+        self.table, self.scale, self.order = table, 1.0, order
         self.widths = [rows.shape[1] for rows in table.values()]
         self.current: dict[str, torch.Tensor] | None = None
         self._joined: tuple | None = None  # (device, scale) and the rows made for them
@@ -33,14 +34,15 @@ class Offsets:
         mixed = embedding(row, joined)  # as joined[row], but its gradient is summed in one order: training repeats bit for bit
         if other is not None:
             mixed = (1 - share)[:, None] * mixed + share[:, None] * embedding(other, joined)
-        self.current = dict(zip(self.table, mixed.split(self.widths, dim=1), strict=True))
+        self.current = dict(zip(self.table, mixed.split_with_sizes(self.widths, 1), strict=True))
 
     def _join(self, device) -> torch.Tensor:
-        """All sites side by side and a row of zeros below, [R + 1, ΣD]; a trained table is joined anew, so that gradients reach its tensors."""
+        """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its tensors."""
         trained, key = next(iter(self.table.values())).requires_grad, (device, self.scale)
         if trained or self._joined is None or self._joined[0] != key:
             rows = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
             joined = self.scale * torch.cat([rows, torch.zeros_like(rows[:1])])
+            joined = joined if self.order is None else embedding(self.order.to(device), joined)
             if trained:
                 return joined
             self._joined = key, joined
@@ -48,7 +50,9 @@ class Offsets:
 
     def add(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """tensor [B, D] or [B, T, D] plus the offset, cast to the tensor's own dtype at the site (traps 12)."""
-        offset = self.current[path].to(tensor.dtype)
+        offset = self.current[path]
+        if offset.dtype != tensor.dtype:
+            offset = offset.to(tensor.dtype)
         return tensor + (offset if tensor.dim() == 2 else offset[:, None])  # v = e_l(t_k) + Δ[k, l]
 
 

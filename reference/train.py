@@ -28,6 +28,15 @@ def sigmas_of_sd1(steps=1000, start=0.00085, end=0.012) -> torch.Tensor:
     return ((1 - kept) / kept).sqrt()
 
 
+def weight_of(sigma: torch.Tensor, spread: float = latents.SPREAD) -> torch.Tensor:
+    """Weight of a squared ε error at σ: what is drawn is decided at σ from 1 to 5, where plain ε errors are small.
+
+    √(1 + (σ/spread)²) gives every σ above the latents' spread about the same gradient (the error of ε there is that of x₀ ÷ σ);
+    below σ = .5 it falls with σ, as noise that cannot be told from texture teaches nothing (after min-SNR, arXiv 2303.09556).
+    """
+    return (1 + (sigma / spread) ** 2).sqrt() * (2 * sigma).clamp_max(1)
+
+
 class KeepNormInputs(TorchFunctionMode):
     """ComfyUI's CLIP layer adds in place to what LayerNorm has kept for the backward pass: give LayerNorm a copy."""
 
@@ -148,7 +157,7 @@ def main(arguments=None):
             group["lr"] = options.rate * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
         with torch.autocast(device, torch.bfloat16):
             predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device).float(), tokens.to(device))
-        loss = torch.nn.functional.mse_loss(predicted.float(), noise.to(device))
+        loss = (weight_of(sigma).to(device) * (predicted.float() - noise.to(device)).square()).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -30,10 +30,10 @@ class Patch:
             raise MTEOError(f'off_grid is "{off_grid}": choose one of {", ".join(POLICIES)}.')
         self.table, self.space, self.off_grid, self.strength = table, space, off_grid, strength
         self.cfg = table.guidance[0]
-        self.offsets = Offsets(table.offsets_at(self.cfg))
-        self.offsets.scale = strength
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.windows, self.row_of_window = windows(self.row_sigmas)
+        self.offsets = Offsets(table.offsets_at(self.cfg), self.row_of_window if off_grid in ("error", "off") else None)
+        self.offsets.scale = strength
         self.modules = (None, {})  # (the network, its module of each site): ComfyUI injects three times for one sampling
         self.handles: dict[int, list] = {}
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
@@ -74,9 +74,10 @@ class Patch:
         rows, sigma = self.row_sigmas, sigma.float()
         if self.off_grid == "nearest":
             return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)
-        row = self.row_of_window[torch.bucketize(sigma, self.windows)]
+        window = torch.bucketize(sigma, self.windows)
         if self.off_grid in ("error", "off"):
-            return (row,)
+            return (window,)  # the offsets are in the order of the windows
+        row = self.row_of_window[window]
         low, high, share = between(rows, sigma.clamp_min(1e-10))
         on_grid = row < len(rows)
         return row.where(on_grid, low), high, share.where(~on_grid, 0.0)

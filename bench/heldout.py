@@ -15,6 +15,7 @@ from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
 from mteo.recipe import Recipe
 from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
+from reference.objects import weights_file
 
 from .parts import calls_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
 
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
     told = parser.parse_args(arguments)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
-    folder = ROOT / "runs" / "bench" / f"heldout-{name_of()}-{told.validation}-{told.test}-{told.search}"
+    folder = ROOT / "runs" / "bench" / f"heldout-{name_of(weights_file('unet'))}-{told.validation}-{told.test}-{told.search}"
     seen, fresh = parts(1, 1024, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
     pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs} for split in fresh}
     plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in cfgs}
@@ -158,7 +159,7 @@ def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) ->
         result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
     result |= {f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)} for name, values in ratios.items() if name != "same"}
     result |= dict(ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)})
-    result |= dict(validation=told.validation, test=told.test, weights=name_of(), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
+    result |= dict(validation=told.validation, test=told.test, weights=name_of(weights_file("unet")), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
     rows = {f"cfg {cfg:g}": {name: summary(value) for name, value in made.items()} for cfg, made in errors.items()}
     rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{name_of(told.table)}", between, folder, own, shipped, plain)
     training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}

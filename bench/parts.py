@@ -13,7 +13,7 @@ from mteo.embeddings import Embeddings
 from mteo.gridsearch import Plain
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories
-from reference.objects import WEIGHTS, make_clip, make_model
+from reference.objects import make_clip, make_model
 from reference.scenes import draw_names, prompts
 from trainer.comfyui import empty_latent, encode
 
@@ -46,7 +46,7 @@ def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
         return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
 
 
-def name_of(file: Path = WEIGHTS) -> str:
+def name_of(file: Path) -> str:
     """A short name of a file's content: what was made from another one has another name."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 

@@ -35,7 +35,7 @@ class Classifier(torch.nn.Module):
 
     def __init__(self, width: int = 160):
         super().__init__()
-        self.first = torch.nn.Conv2d(latents.CHANNELS, width, 3, padding=1)
+        self.first = torch.nn.Conv2d(latents.SHAPES["unet"][1], width, 3, padding=1)
         self.blocks = torch.nn.Sequential(*(Block(width) for _ in range(4)))
         self.last = torch.nn.Linear(2 * width, len(DRAWINGS))
 
@@ -107,9 +107,9 @@ def main(arguments=None):
     from bench.parts import parts, teacher_pairs
     from mteo.sheet import sheet
 
-    from .objects import WEIGHTS, make_vae
+    from .objects import make_vae, weights_file
 
-    shipped = load_file(WEIGHTS)
+    shipped = load_file(weights_file("unet"))
     pca = {name: shipped[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
     sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
     classifier = train_classifier(told.classifier_images, sprites, vae, pca, HERE / "runs" / "gate" / "classifier.pt").eval()

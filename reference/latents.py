@@ -1,30 +1,32 @@
-"""A linear, exactly decodable "VAE": principal components of 8x8 pixel patches."""
+"""A linear, exactly decodable "VAE": principal components of square patches of pixels."""
+import math
+
 import torch
 import torch.nn.functional as F
 
-PATCH = 8  # pixels on a side of a patch, the ratio between picture and latent
-CHANNELS = 32
+SHAPES = {"unet": (8, 32), "mmdit": (4, 16)}  # (pixels on a side of a patch, its components that are kept); ComfyUI's MMDiT takes 2 x 2 of them as a token
 SPREAD = 0.8  # standard deviation of each latent channel after LatentFormat.process_in
 
 
-def fit(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-    """basis [CHANNELS, 3·PATCH²], mean and scale [CHANNELS] from pictures [N, 3, H, W] in -1..1 (float64 inside)."""
-    patches = F.pixel_unshuffle(pictures, PATCH).permute(0, 2, 3, 1).reshape(-1, 3 * PATCH * PATCH).double()
+def fit(pictures: torch.Tensor, patch: int, channels: int) -> dict[str, torch.Tensor]:
+    """basis [channels, 3·patch²], mean and scale [channels] from pictures [N, 3, H, W] in -1..1 (float64 inside)."""
+    patches = F.pixel_unshuffle(pictures, patch).permute(0, 2, 3, 1).reshape(-1, 3 * patch * patch).double()
     covariance = torch.cov(patches.T)
-    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :CHANNELS].T
+    basis = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :channels].T
     raw = patches @ basis.T
     return {"basis": basis.float(), "mean": raw.mean(0).float(), "scale": (SPREAD / raw.std(0)).float()}
 
 
 class LinearVAE(torch.nn.Module):
-    """encode and decode as ComfyUI's VAE calls them; pictures [B, 3, H, W] in -1..1, latents [B, CHANNELS, H/8, W/8]."""
+    """encode and decode as ComfyUI's VAE calls them; pictures [B, 3, H, W] in -1..1, latents [B, channels, H/patch, W/patch]."""
 
     def __init__(self, basis: torch.Tensor):
         super().__init__()
+        self.patch = math.isqrt(basis.shape[1] // 3)
         self.register_buffer("basis", basis)
 
     def encode(self, pictures: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return torch.einsum("cp,bphw->bchw", self.basis.to(pictures), F.pixel_unshuffle(pictures, PATCH))
+        return torch.einsum("cp,bphw->bchw", self.basis.to(pictures), F.pixel_unshuffle(pictures, self.patch))
 
     def decode(self, latents: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return F.pixel_shuffle(torch.einsum("cp,bchw->bphw", self.basis.to(latents), latents), PATCH)
+        return F.pixel_shuffle(torch.einsum("cp,bchw->bphw", self.basis.to(latents), latents), self.patch)

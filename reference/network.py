@@ -1,17 +1,23 @@
-"""The reference UNet: ComfyUI's own SD1.x class and text encoder class with small numbers."""
+"""The reference networks: ComfyUI's own SD1.x UNet, SD3 MMDiT and CLIP text classes with small numbers."""
 import torch
 
-from .latents import CHANNELS
+from .latents import SHAPES
 from .vocabulary import END, LENGTH, WORDS
 
 TEXT_WIDTH = 128
 
 # 12 sites; 4 channels in every GroupNorm(32) group, so that no site is dead (a bias before a group of one vanishes).
 UNET = dict(
-    image_size=8, in_channels=CHANNELS, out_channels=CHANNELS, model_channels=128, num_res_blocks=[2, 2], channel_mult=[1, 1],
+    image_size=8, in_channels=SHAPES["unet"][1], out_channels=SHAPES["unet"][1], model_channels=128, num_res_blocks=[2, 2], channel_mult=[1, 1],
     transformer_depth=[0, 1, 0, 1], transformer_depth_output=[0, 0, 1, 0, 0, 1], transformer_depth_middle=1, context_dim=TEXT_WIDTH,
     num_heads=4, num_head_channels=-1, use_spatial_transformer=True, legacy=False, use_linear_in_transformer=False,
     adm_in_channels=None,
+)
+
+# 9 sites: two a block and the final layer. 64 tokens of 2 × 2 latents (a patch of 1 is one row short in ComfyUI's class); width = 64 · depth.
+MMDIT = dict(
+    input_size=None, patch_size=2, in_channels=SHAPES["mmdit"][1], depth=4, adm_in_channels=TEXT_WIDTH, qk_norm="rms",
+    context_embedder_config=dict(target="torch.nn.Linear", params=dict(in_features=TEXT_WIDTH, out_features=256)),
 )
 
 TEXT = dict(
@@ -26,6 +32,16 @@ def build_unet(operations=None, dtype=torch.float32) -> torch.nn.Module:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     return UNetModel(**UNET, dtype=dtype, device="cpu", **({"operations": operations} if operations else {}))
+
+
+def build_mmdit(operations=None, dtype=torch.float32) -> torch.nn.Module:
+    """comfy's MMDiT with the numbers above."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    return OpenAISignatureMMDITWrapper(**MMDIT, dtype=dtype, device="cpu", **({"operations": operations} if operations else {}))
+
+
+BUILD = {"unet": build_unet, "mmdit": build_mmdit}
 
 
 def build_text_encoder(operations, dtype=torch.float32) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""MODEL, CLIP and VAE of the reference model, made so that stock CLIPTextEncode, KSampler, VAEDecode and VAEEncode take them."""
+"""MODEL, CLIP and VAE of the reference models, made so that stock CLIPTextEncode, KSampler, VAEDecode and VAEEncode take them."""
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,11 @@ from safetensors.torch import load_file
 from . import latents, network
 from .vocabulary import END, LENGTH, PAD, START, TOKEN, WORDS, tokenize
 
-WEIGHTS = Path(__file__).parent / "weights" / "unet.safetensors"
+KINDS = tuple(network.BUILD)
+
+
+def weights_file(kind: str) -> Path:
+    return Path(__file__).parent / "weights" / f"{kind}.safetensors"
 
 
 class Words:
@@ -59,16 +63,15 @@ class ReferenceTextModel(comfy.sd1_clip.SD1ClipModel):
 
 
 class ReferenceLatent(comfy.latent_formats.LatentFormat):
-    """Mean and scale of the 32 principal components; `process_in` gives every channel a standard deviation of 0.8."""
+    """Mean and scale of the principal components; `process_in` gives every channel a standard deviation of 0.8."""
 
-    latent_channels = latents.CHANNELS
-    spacial_downscale_ratio = latents.PATCH
     scale_factor = 1.0
 
-    def __init__(self):
-        vae = vae_numbers()
+    def __init__(self, kind: str):
+        vae = vae_numbers(kind)
+        self.spacial_downscale_ratio, self.latent_channels = latents.SHAPES[kind]
         self.mean, self.scale = vae["mean"].view(1, -1, 1, 1), vae["scale"].view(1, -1, 1, 1)
-        colour = vae["basis"].reshape(latents.CHANNELS, 3, -1).mean(2)  # [channel, RGB]: mean colour of a patch
+        colour = vae["basis"].reshape(self.latent_channels, 3, -1).mean(2)  # [channel, RGB]: mean colour of a patch
         self.latent_rgb_factors = (colour / vae["scale"][:, None]).tolist()
         self.latent_rgb_factors_bias = (vae["mean"] @ colour).tolist()
 
@@ -80,56 +83,55 @@ class ReferenceLatent(comfy.latent_formats.LatentFormat):
 
 
 @cache
-def _file() -> dict[str, torch.Tensor]:
-    if not WEIGHTS.is_file():
-        raise FileNotFoundError(f"The reference model's weights {WEIGHTS.name} are missing: install the pack again.")
+def _file(kind: str) -> dict[str, torch.Tensor]:
+    path = weights_file(kind)
+    if not path.is_file():
+        raise FileNotFoundError(f"The reference model's weights {path.name} are missing: install the pack again.")
     with torch.inference_mode(False):
-        return load_file(WEIGHTS)
+        return load_file(path)
 
 
-def vae_numbers() -> dict[str, torch.Tensor]:
-    return {name: _file()[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
+def vae_numbers(kind: str) -> dict[str, torch.Tensor]:
+    return {name: _file(kind)[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
 
 
-def _weights(prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value.float() for name, value in _file().items() if name.startswith(prefix)}
+def _weights(kind: str, part: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{part}."): value.float() for name, value in _file(kind).items() if name.startswith(f"{part}.")}
 
 
-def _with_factory(patcher, function):
-    """In-graph training asks the patcher for a fresh copy of the model through this pair."""
-    patcher.cached_patcher_init = (function, ())
+def make_model(kind: str = "unet", disable_dynamic: bool = False):
+    """A MODEL in float32: "unet" (ε-prediction, SD1.x schedule, 32 × H/8 × W/8 latents) or "mmdit" (flow, SD3's shift of 3, 16 × H/4 × W/4)."""
+    if kind == "unet":
+        family = comfy.supported_models.SD15(dict(network.UNET, dtype=torch.float32))
+        family.inpaint_model = lambda: False
+    else:
+        family = comfy.supported_models.SD3(dict(network.MMDIT, dtype=torch.float32))
+    family.latent_format = ReferenceLatent(kind)
+    model = family.get_model({}, "model.")
+    model.diffusion_model.load_state_dict(_weights(kind, kind))
+    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher = (comfy.model_patcher.ModelPatcher if disable_dynamic else core)(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    patcher.cached_patcher_init = (make_model, (kind,))  # in-graph training asks the patcher for a fresh copy of the model through this pair
     return patcher
 
 
-def make_model(disable_dynamic: bool = False):
-    """The UNet as a MODEL (ε-prediction, SD1.x schedule, 32 × H/8 × W/8 latents), float32."""
-    family = comfy.supported_models.SD15(dict(network.UNET, dtype=torch.float32))
-    family.latent_format, family.inpaint_model = ReferenceLatent(), lambda: False
-    model = family.get_model({}, "model.")
-    model.diffusion_model.load_state_dict(_weights("unet."))
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else core
-    patcher = kind(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
-    return _with_factory(patcher, make_model)
-
-
-def make_clip():
+def make_clip(kind: str = "unet"):
     """The text encoder as a CLIP: words of the vocabulary, "(word:1.3)" weights work."""
     target = comfy.supported_models_base.ClipTarget(ReferenceTokenizer, ReferenceTextModel)
     target.params = {}
-    weights = _weights("text.")
+    weights = _weights(kind, "text")
     clip = comfy.sd.CLIP(target, parameters=sum(value.numel() for value in weights.values()))
     model = clip.cond_stage_model
     getattr(model, model.clip).transformer.load_state_dict(weights)
     return clip
 
 
-def make_vae():
-    """The linear VAE as a VAE: 8 pixels a latent, 32 channels."""
+def make_vae(kind: str = "unet"):
+    """The linear VAE as a VAE."""
     vae = comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)}, dtype=torch.float32)
-    vae.first_stage_model = latents.LinearVAE(vae_numbers()["basis"])
-    vae.downscale_ratio = vae.upscale_ratio = latents.PATCH
-    vae.latent_channels = latents.CHANNELS
+    vae.first_stage_model = latents.LinearVAE(vae_numbers(kind)["basis"])
+    vae.downscale_ratio = vae.upscale_ratio = vae.first_stage_model.patch
+    vae.latent_channels = latents.SHAPES[kind][1]
     vae.patcher = comfy.model_patcher.ModelPatcher(vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device())
     vae.size = None
     return vae

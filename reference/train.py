@@ -47,20 +47,39 @@ class KeepNormInputs(TorchFunctionMode):
 
 
 class Pair(torch.nn.Module):
-    """The two networks that are trained together; keys as they ship: unet.*, text.*"""
+    """The two networks that are trained together; keys as they ship: unet.* or mmdit.*, text.*"""
 
-    def __init__(self):
+    def __init__(self, kind: str):
         super().__init__()
         import comfy.ops
 
-        self.unet = network.build_unet(comfy.ops.disable_weight_init)
+        self.kind = kind
+        self.add_module(kind, network.BUILD[kind](comfy.ops.disable_weight_init))
         self.text = network.build_text_encoder(comfy.ops.disable_weight_init)
         initialise(self)
 
     def forward(self, x, t, tokens):
         with KeepNormInputs():
-            context = self.text(tokens)[0]
-        return self.unet(x, t, context=context)
+            context, _, _, pooled = self.text(tokens)
+        return getattr(self, self.kind)(x, t, context=context, **({"y": pooled} if self.kind == "mmdit" else {}))
+
+
+def noised_for_unet(x, generator):
+    """ε-prediction: (what the network reads, its time, what it shall answer, the weight of that) for latents x [B, C, H, W]."""
+    t = torch.randint(1000, (len(x),), generator=generator)
+    sigma, noise = sigmas_of_sd1().float()[t].view(-1, 1, 1, 1), torch.randn(x.shape, generator=generator)
+    return (x + sigma * noise) / (1 + sigma**2).sqrt(), t.float(), noise, weight_of(sigma)  # EPS scaling of the input
+
+
+def noised_for_mmdit(x, generator, centre: float = 0.5):
+    """As noised_for_unet for flow matching: x_σ = (1 − σ)·x + σ·noise, answer noise − x; logit σ normal about `centre` (SD3, arXiv
+    2403.03206, eq. 19), as what is drawn is decided at σ from .45 to .85."""
+    sigma = (centre + torch.randn(len(x), 1, 1, 1, generator=generator)).sigmoid()
+    noise = torch.randn(x.shape, generator=generator)
+    return (1 - sigma) * x + sigma * noise, 1000 * sigma.flatten(), noise - x, torch.ones(())
+
+
+NOISED = {"unet": noised_for_unet, "mmdit": noised_for_mmdit}
 
 
 def initialise(model: torch.nn.Module) -> None:
@@ -70,17 +89,19 @@ def initialise(model: torch.nn.Module) -> None:
             torch.nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
-            if name.endswith(("out_layers.3", "proj_out", "unet.out.2")):
+            if name.endswith(("out_layers.3", "proj_out", "unet.out.2", "adaLN_modulation.1", "final_layer.linear")):
                 torch.nn.init.zeros_(module.weight)
         elif isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)) and module.weight is not None:
             torch.nn.init.ones_(module.weight)
             torch.nn.init.zeros_(module.bias)
+        elif name.endswith((".ln_q", ".ln_k")):  # comfy's own RMSNorm
+            torch.nn.init.ones_(module.weight)
         elif isinstance(module, torch.nn.Embedding):
             torch.nn.init.normal_(module.weight, std=0.02 if "position" in name else 0.5)
 
 
 def batch_of(count, sprites, vae, pca, drop, generator):
-    """Latents [B, 32, 8, 8] of unit-like scale and tokens [B, LENGTH]; a share `drop` of the prompts is empty."""
+    """Latents [B, C, H, W] of unit-like scale and tokens [B, LENGTH]; a share `drop` of the prompts is empty."""
     names = scenes.draw_names(count, generator)
     raw = vae.encode(scenes.compose(names, sprites, generator))
     texts = scenes.prompts(names)
@@ -93,8 +114,9 @@ def batch_of(count, sprites, vae, pca, drop, generator):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", required=True, help="root of ComfyUI's sources")
-    parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
-    parser.add_argument("--weights", type=Path, default=HERE / "weights" / "unet.safetensors")
+    parser.add_argument("--model", choices=network.BUILD, default="unet")
+    parser.add_argument("--run", type=Path, help="default: runs/MODEL beside this file")
+    parser.add_argument("--weights", type=Path, help="default: weights/MODEL.safetensors beside this file")
     parser.add_argument("--images", type=int, default=2_000_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
@@ -102,6 +124,8 @@ def main(arguments=None):
     parser.add_argument("--ship-every", type=int, default=60_000, help="images between two writings of state and weights")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
     options = parser.parse_args(arguments)
+    options.run = options.run or HERE / "runs" / options.model
+    options.weights = options.weights or HERE / "weights" / f"{options.model}.safetensors"
     sys.path.insert(0, options.comfyui)
     sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
     import comfy.options
@@ -114,7 +138,7 @@ def main(arguments=None):
     sprites = scenes.load_sprites()
     generator = torch.Generator().manual_seed(0)
     state_file, seen, spent = options.run / "state.pt", 0, 0.0
-    model = Pair().to(device).to(memory_format=torch.channels_last)
+    model = Pair(options.model).to(device).to(memory_format=torch.channels_last)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01)
     if state_file.exists():
@@ -132,9 +156,8 @@ def main(arguments=None):
         model.load_state_dict({name: value.float() for name, value in shipped.items()})
         average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     else:
-        pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator))
+        pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator), *latents.SHAPES[options.model])
     vae = latents.LinearVAE(pca["basis"])
-    sigmas = sigmas_of_sd1().float()
     log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
 
     def write():
@@ -149,15 +172,13 @@ def main(arguments=None):
 
     while seen < options.images and time.time() - started < 60 * options.minutes:
         x, tokens = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
-        t = torch.randint(1000, (options.batch,), generator=generator)
-        sigma, noise = sigmas[t].view(-1, 1, 1, 1), torch.randn(x.shape, generator=generator)
-        noisy = (x + sigma * noise) / (1 + sigma**2).sqrt()  # EPS scaling of the input
+        noisy, t, target, weight = NOISED[options.model](x, generator)
         left = 1 - seen / options.images
         for group in optimiser.param_groups:
             group["lr"] = options.rate * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
         with torch.autocast(device, torch.bfloat16):
-            predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device).float(), tokens.to(device))
-        loss = (weight_of(sigma).to(device) * (predicted.float() - noise.to(device)).square()).mean()
+            predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), tokens.to(device))
+        loss = (weight.to(device) * (predicted.float() - target.to(device)).square()).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

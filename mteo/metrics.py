@@ -32,3 +32,11 @@ def paired_bootstrap_ratio(errors_a: torch.Tensor, errors_b: torch.Tensor, seed:
     ratios = torch.stack([a[index].mean() / b[index].mean() for index in draws]).sqrt()
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float((a.mean() / b.mean()).sqrt()), low, high
+
+
+def held_out_errors(log: list[dict]) -> list[float]:
+    """The held-out error at every validation of a training, the mean over its cfg values (which have the same iterations)."""
+    at: dict[int, list[float]] = {}
+    for line in log:
+        at.setdefault(line["iteration"], []).append(line["held_out"])
+    return [sum(errors) / len(errors) for _, errors in sorted(at.items())]

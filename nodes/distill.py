@@ -15,6 +15,7 @@ from ..mteo.comfyui.conditions import content_hash
 from ..mteo.comfyui.patch import model_fingerprint
 from ..mteo.comfyui.sampling import samples_for
 from ..mteo.comfyui.training import distill_model
+from ..mteo.metrics import held_out_errors
 from ..mteo.recipe import FREE, Recipe
 from ..mteo.sheet import as_image, sheet
 from ..mteo.sites import find_sites
@@ -70,7 +71,7 @@ class DistillEmbeddings(io.ComfyNode):
         made = distill_model(model, prompts, negative[0], torch.zeros_like(size[:1]), recipe, folder, sampler[0] if sampler else None, progress)
         rows = {"teacher": made.previews["teacher"], f"plain {recipe.steps}": made.previews["plain"], f"MTEO {recipe.steps}": made.previews["mteo"]}
         pictures = {label: pictures_of(model, value, vae[0] if vae else None) for label, value in rows.items()}
-        return io.NodeOutput(made.embeddings, as_image(sheet(pictures)), {"loss": [line["held_out"] for line in made.log]}, ui={"text": [folder.name]})
+        return io.NodeOutput(made.embeddings, as_image(sheet(pictures)), {"loss": held_out_errors(made.log)}, ui={"text": [folder.name]})
 
 
 def run_folder(model, recipe: Recipe, prompts, negative, size, sampler) -> Path:

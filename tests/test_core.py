@@ -7,7 +7,7 @@ import torch
 from mteo.embeddings import Embeddings, Table, load_embeddings, save_embeddings
 from mteo.errors import MTEOError
 from mteo.injection import Offsets, attach, detach, find_modules
-from mteo.metrics import nrmse, paired_bootstrap_ratio
+from mteo.metrics import held_out_errors, nrmse, paired_bootstrap_ratio
 from mteo.sites import find_sites
 from mteo.tableau import euler_tableau, execute, probe
 
@@ -153,6 +153,11 @@ def test_broken_files_get_one_sentence(embeddings, tmp_path):
         load_embeddings(path)
     with pytest.raises(MTEOError, match="models/mteo"):
         load_embeddings(tmp_path / "none.safetensors")
+
+
+def test_a_log_of_several_cfg_values_is_one_line():
+    log = [dict(cfg=cfg, iteration=iteration, held_out=error) for cfg, errors in ((1.0, (0.4, 0.2)), (4.0, (0.6, 0.3))) for iteration, error in zip((0, 10), errors, strict=True)]
+    assert held_out_errors(log) == pytest.approx([0.5, 0.25])
 
 
 def test_metrics_on_known_errors():

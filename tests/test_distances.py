@@ -1,0 +1,58 @@
+"""The distances of `bench quality` on sets whose distance is known."""
+import pytest
+import torch
+
+from bench.distances import diversity, frechet, kernel_distance, precision_recall, pyramid, sliced_wasserstein, spectrum, spectrum_gap
+
+
+def gaussian(count: int, seed: int, width: int = 8) -> torch.Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_frechet_distance_of_shifted_and_scaled_gaussians():
+    """|shift|² + Σ (s_a − s_b)²; another draw of the same set is near 0."""
+    a, b = gaussian(20_000, 1), gaussian(20_000, 2)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9) and frechet(a, b) < 0.01
+    assert frechet(3 * a + 1, b) == pytest.approx(8 * 1 + 8 * 4, rel=0.03)
+
+
+def test_kernel_distance_is_unbiased_and_grows():
+    apart = [kernel_distance(gaussian(200, 2 * seed), gaussian(200, 2 * seed + 1)) for seed in range(40)]
+    assert abs(sum(apart) / 40) < 0.05  # a biased estimate would be above 0 by Σ k(x, x) ÷ n² ≈ .08
+    assert kernel_distance(gaussian(500, 1) + 1, gaussian(500, 2)) > 1
+
+
+def test_precision_and_recall_tell_what_is_missing():
+    real = torch.cat([gaussian(500, 1), gaussian(500, 2) + 20])
+    one_of_two = gaussian(1000, 3)
+    whole = precision_recall(one_of_two, real[:500])  # what two draws of one Gaussian reach
+    precision, recall = precision_recall(one_of_two, real)
+    assert 0.8 < whole[0] == precision and whole[1] / 2 == recall > 0.4
+    assert precision_recall(gaussian(300, 4) + 100, real) == (0.0, 0.0)
+
+
+def test_a_pyramid_loses_nothing():
+    pictures = torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    levels = pyramid(pictures)
+    assert [level.shape[-1] for level in levels] == [64, 32, 16]
+    flat = pyramid(torch.full((1, 3, 64, 64), 0.3, dtype=torch.float64))
+    assert flat[-1].allclose(torch.tensor(0.3, dtype=torch.float64)) and flat[0][..., 4:-4, 4:-4].abs().max() < 1e-9
+
+
+def test_sliced_wasserstein_finds_the_level_that_differs():
+    one, two = (torch.randn(128, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    same, rougher = sliced_wasserstein(one, two, directions=64), sliced_wasserstein(1.3 * one, two, directions=64)
+    assert max(same) < 0.05 and min(rougher) == pytest.approx(0.3 * (2 / torch.pi) ** 0.5, rel=0.25)  # E|1.3 z − z|
+    assert sliced_wasserstein(one, two, directions=64) == same
+
+
+def test_diversity_is_the_distance_of_two_seeds():
+    pictures = torch.randn(4000, 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    assert diversity(pictures, 4) == pytest.approx(2**0.5, rel=0.02)
+    assert diversity(pictures[::4].repeat_interleave(4, 0), 4) == 0
+
+
+def test_spectrum_is_two_sided():
+    noise = torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert spectrum(noise).allclose(torch.ones(8, dtype=torch.float64), rtol=0.05)
+    assert spectrum_gap(noise * 1.2, noise) == pytest.approx(spectrum_gap(noise / 1.2, noise)) == pytest.approx(2 * torch.tensor(1.2).log().item(), rel=1e-3)

@@ -1,8 +1,8 @@
 """Put a table on a MODEL and take it off again, through ComfyUI's own patcher.
 
 Per model instance the hooks read one small state; a wrapper around `apply_model` sets it from the σ of each batch row.
-Handles are kept by patcher: clones share the model, and a clone that dies ejects, so handles kept by model would be taken off
-a model that is being sampled [1].
+Who has injected is kept by patcher: clones share the model, and a clone that dies ejects, which must not take the hooks off a
+model that is being sampled [1]. Hooks are put on at the first evaluation, as ComfyUI injects three times for one sampling.
 """
 import logging
 
@@ -23,7 +23,7 @@ POLICIES = ("error", "interpolate", "nearest", "off")
 
 
 class Patch:
-    """One table on one MODEL: owns the offsets on the device and the hook handles, one set per patcher."""
+    """One table on one MODEL: owns the offsets on the device and the hooks."""
 
     def __init__(self, table: Table, space: str, strength: float = 1.0, off_grid: str = "error"):
         if off_grid not in POLICIES:
@@ -34,8 +34,9 @@ class Patch:
         self.windows, self.row_of_window = windows(self.row_sigmas)
         self.offsets = Offsets(table.offsets_at(self.cfg), self.row_of_window if off_grid in ("error", "off") else None)
         self.offsets.scale = strength
-        self.modules = (None, {})  # (the network, its module of each site): ComfyUI injects three times for one sampling
-        self.handles: dict[int, list] = {}
+        self.modules = (None, {})  # (the network, its module of each site)
+        self.users: dict[int, torch.nn.Module] = {}  # by id: patchers that have injected, with their network
+        self.handles: dict[torch.nn.Module, list] = {}  # network -> its hooks
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
     def at(self, cfg: float) -> None:
@@ -46,7 +47,7 @@ class Patch:
 
     def inject(self, patcher) -> None:
         kept = getattr(patcher.model, KEPT, None)
-        if id(patcher) in self.handles or (kept and kept[0] is self):
+        if kept and kept[0] is self:
             return
         if "torch_compile_kwargs" in patcher.model_options:
             # Dynamo does not guard on hooks: what was compiled without them is forgotten once, then the hooks stay (and do nothing
@@ -56,7 +57,7 @@ class Patch:
             torch._dynamo.reset()
             setattr(patcher.model, KEPT, (self, attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)))
         else:
-            self.handles[id(patcher)] = attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)
+            self.users[id(patcher)] = patcher.model.diffusion_model
 
     def find(self, network: torch.nn.Module) -> dict[str, torch.nn.Module]:
         """The network's module of each site, looked up once; MTEOError where the table is for another network."""
@@ -65,7 +66,9 @@ class Patch:
         return self.modules[1]
 
     def eject(self, patcher) -> None:
-        detach(self.handles.pop(id(patcher), []))
+        network = self.users.pop(id(patcher), None)
+        if network not in self.users.values():
+            detach(self.handles.pop(network, []))
 
     def rows(self, sigma: torch.Tensor) -> tuple:
         """What `Offsets.select` takes for each σ [B]; no row where the table has none. On the device of σ, without a wait."""
@@ -84,6 +87,9 @@ class Patch:
 
     def apply_model(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: t is σ [B] of each batch row."""
+        network = executor.class_obj.diffusion_model
+        if network not in self.handles and network in self.users.values():
+            self.handles[network] = attach(self.find(network), self.offsets, self.space)
         self.offsets.select(*self.rows(t))
         try:
             return executor(x, t, *args, **kwargs)

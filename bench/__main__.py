@@ -6,7 +6,7 @@ import os
 
 from trainer.comfyui import find_root, open_comfyui
 
-NAMES = ("heldout", "exactness", "overhead")
+NAMES = ("heldout", "quality", "exactness", "overhead")
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .parts import calls_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .parts import calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
@@ -115,13 +115,7 @@ def train_table(seen, solver: str, grid: str, rows: str, train: Trajectories, he
 
 def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
     """nRMSE of each test picture."""
-
-    def work(session):
-        if session.patch:
-            session.patch.at(float(pairs.guidance[0]))
-        return per_picture(combine(tableau.matrix[-1], calls_of(session, pairs).terms(tableau)), pairs.end)
-
-    return own.session(work, embeddings)
+    return per_picture(ends_of(own, pairs, tableau, embeddings), pairs.end)
 
 
 def errors_at(cfg: float, folder: Path, own, test: Trajectories, plain: dict, free: dict, tables: dict[str, Embeddings]) -> dict[str, torch.Tensor]:

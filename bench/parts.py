@@ -38,10 +38,10 @@ class Parts:
             return run_session(private, self.positives, self.negative, self.latent, work)
 
 
-def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
-    """The reference model with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
+def parts(prompt_seed: int, count: int, unseen_pairs: bool, kind: str = "unet") -> Parts:
+    """A reference model with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
     with torch.inference_mode():
-        model, clip = make_model(), make_clip()
+        model, clip = make_model(kind), make_clip(kind)
         texts = prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs))
         return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
 
@@ -85,6 +85,18 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
         return pairs
 
     return own.session(work)
+
+
+def ends_of(own: Parts, pairs: Trajectories, tableau: Tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
+    """End points of the pairs' starts by a solver's table, with a table of embeddings on the model where one is given."""
+
+    def work(session):
+        if session.patch:
+            session.patch.at(float(pairs.guidance[0]))
+        denoise = batched(session, pairs)
+        return execute(tableau, lambda x, call, sigma: denoise(x, sigma), pairs.start)
+
+    return own.session(work, embeddings)
 
 
 def calls_of(session, pairs: Trajectories) -> Plain:

@@ -1,0 +1,43 @@
+"""What every peer trains and samples with: the frozen model, its evaluations counted, and a noise level to be told that is not the input's own."""
+from contextlib import contextmanager
+
+import torch
+
+from mteo.teacher import Trajectories
+
+
+class Lab:
+    """spent: network evaluations of pictures so far; a cfg pair is 2, a backward pass one more of each (traps 36)."""
+
+    def __init__(self, session):
+        self.session, self.spent = session, 0
+        self.sigma_max, self.sigma_min = float(session.sampling.sigma_max), float(session.sampling.sigma_min)
+
+    def denoise(self, x: torch.Tensor, sigma, batch: Trajectories, told=None) -> torch.Tensor:
+        """D(x; σ) [B, …] of a network that is told the noise level `told`: a number or [B], differentiable in x, σ and `told`."""
+        self.spent += len(x) * (2 if torch.is_grad_enabled() else 1) * (1 if float(batch.guidance[0]) == 1 else 2)
+        with telling(self.session.sampling, told):
+            return self.session.denoise(x, sigma, batch.item, batch.guidance)
+
+
+@contextmanager
+def telling(sampling, told):
+    """Inside, the network reads the time of the noise level `told`; None = of the σ that it is called with."""
+    if told is None:
+        yield
+        return
+    time = time_of(sampling, torch.as_tensor(told))
+    sampling.timestep = lambda sigma: time.to(sigma).expand(len(sigma)) if time.dim() == 0 else time.to(sigma).repeat(len(sigma) // len(time))
+    try:
+        yield
+    finally:
+        del sampling.timestep  # the class's own again
+
+
+def time_of(sampling, sigma: torch.Tensor) -> torch.Tensor:
+    """timestep(σ), between the model's discrete steps too and differentiable: linear in ln σ, as its own inverse `sigma(t)` is."""
+    if not hasattr(sampling, "log_sigmas"):
+        return sampling.timestep(sigma)
+    grid, at = sampling.log_sigmas, sigma.to(sampling.log_sigmas).log()
+    low = (torch.searchsorted(grid, at.detach()) - 1).clamp(0, len(grid) - 2)
+    return (low + (at - grid[low]) / (grid[low + 1] - grid[low])).clamp(0, len(grid) - 1)

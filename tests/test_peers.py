@@ -1,4 +1,7 @@
 """Peers of the quality bench start as the solvers that ComfyUI has, and can be told another time."""
+import itertools
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,6 +11,62 @@ def session_of(comfyui_root):
     from bench.parts import parts
 
     return parts(1, 2, False).session
+
+
+@pytest.fixture(scope="module")
+def pairs(comfyui_root):
+    from bench.parts import parts, teacher_pairs
+
+    own = parts(1, 8, False)
+    return own, teacher_pairs(own, 16, 1.0, 1, 12), teacher_pairs(own, 16, 1.0, 2, 12)
+
+
+@pytest.mark.parametrize("name", ["LD3", "GS", "S4S-Alt", "DyWeight", "PAS", "EPD", "EPD, analytic", "AMED", "AMED, analytic"])
+def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
+    from bench.parts import named_grids
+    from bench.peers import amed, coefficients, parallel, pas
+    from bench.peers.lab import Lab
+    from bench.peers.training import error_of, fit
+
+    own, train, held_out = pairs
+
+    def work(session):
+        lab, sigmas, analytic = Lab(session), named_grids(session.sampling, 3)["sgm_uniform"].tolist(), name.endswith("analytic")
+        if name in coefficients.PEERS:
+            freedom = coefficients.PEERS[name]
+            sample, zero, told = partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training
+        elif name == "PAS":
+            sample, zero, told = partial(pas.sample, lab, sigmas), pas.parameters_of(3), {"loss": "absolute"}
+        elif name.startswith("EPD"):
+            sample, zero, told = partial(parallel.sample, lab, analytic), parallel.parameters_of(analytic), {}
+        else:
+            sample, zero, told = partial(amed.sample, lab, analytic), amed.parameters_of(lab, analytic), {}
+        with torch.no_grad():
+            sample(zero, held_out, held_out.start)
+        assert lab.spent == 3 * len(held_out)
+        before = error_of(lab, sample, zero, held_out)
+        learned, error = fit(lab, sample, zero, train, held_out, 400, 0, 0.03, batch=8, **told)
+        assert error < before and set(learned) == set(zero) and 400 <= lab.spent - 3 * len(held_out) < 450
+
+    own.session(work)
+
+
+def test_the_shortest_path_weighs_later_steps_more():
+    from bench.peers.gits import shortest_path
+
+    cost = torch.full((4, 4), torch.inf, dtype=torch.float64)
+    cost[0, 1], cost[1, 3], cost[0, 2], cost[2, 3] = 1.0, 3.0, 3.0, 1.5  # 4.0 against 4.5 where all weigh the same
+    assert shortest_path(cost, [9.0, 3.0, 1.0, 0.0], 2, 1.0) == [9.0, 3.0, 0.0]
+    assert shortest_path(cost, [9.0, 3.0, 1.0, 0.0], 2, 2.0) == [9.0, 1.0, 0.0]
+
+
+def test_a_found_grid_falls_from_start_to_end(pairs):
+    from bench.peers.gits import find_grid
+    from bench.peers.lab import Lab
+
+    own, train, _ = pairs
+    grid = own.session(lambda session: find_grid(Lab(session), train.part(slice(0, 4)), 3))
+    assert grid[0] == pytest.approx(14.6146, abs=1e-3) and grid[-1] == 0 and all(a > b for a, b in itertools.pairwise(grid)) and len(grid) == 4
 
 
 @pytest.mark.parametrize("base", ["dpmpp_2m", "ipndm"])

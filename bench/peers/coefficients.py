@@ -3,7 +3,7 @@
 All are one table of coefficients trained end to end; they differ by what is free, from which solver they start, and the loss.
 LD3 (arXiv 2405.15506), GS (2510.17699), S4S-Alt (2502.17423), DyWeight.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,22 +16,19 @@ from .lab import Lab
 @dataclass(frozen=True)
 class Freedom:
     """grid: inner σ. told: the σ that the network is told at each call. rows: "solver" = of the base solver on the grid, "added" = a correction
-    of each coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). loss: "squared" or "absolute". ball: the
-    start may move by this share of its noise to meet the teacher's end (LD3's soft target)."""
+    of each coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). training: what `fit` is told."""
 
     base: str
     rows: str = "solver"
     grid: bool = True
     told: bool = False
-    loss: str = "squared"
-    ball: float = 0.0
-    alternate: bool = False
+    training: dict = field(default_factory=dict)
 
 
 PEERS = {
-    "LD3": Freedom("dpmpp_2m", told=True, ball=0.02),
-    "GS": Freedom("dpmpp_2m", rows="added", told=True, loss="absolute"),
-    "S4S-Alt": Freedom("dpmpp_2m", rows="added", ball=0.02, alternate=True),
+    "LD3": Freedom("dpmpp_2m", told=True, training=dict(ball=0.02)),
+    "GS": Freedom("dpmpp_2m", rows="added", told=True, training=dict(loss="absolute")),
+    "S4S-Alt": Freedom("dpmpp_2m", rows="added", training=dict(ball=0.02, turns=[{"rows"}, {"grid"}])),
     "DyWeight": Freedom("ipndm", rows="weights", grid=False, told=True),
 }
 
@@ -86,60 +83,10 @@ def multistep_row(rows, unit, grid, k: int) -> torch.Tensor:
     return ratio * rows[k] + (1 - ratio) * denoised
 
 
-def sample(lab: Lab, freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[float], batch: Trajectories, start: torch.Tensor | None = None) -> torch.Tensor:
-    """End points of the batch's starts (or of `start`)."""
+def sample(lab: Lab, freedom: Freedom, sigmas: list[float], learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
+    """End points of the starts."""
     grid, rows, told = table_of(freedom, learned, sigmas)
-    terms = [batch.start if start is None else start]
+    terms = [start]
     for sigma, row, said in zip(grid, rows, told, strict=False):
         terms.append(lab.denoise(combine(row, terms), sigma.float(), batch, said))
     return combine(rows[-1], terms)
-
-
-def train(lab: Lab, freedom: Freedom, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, rate: float, batch: int = 32) -> tuple[dict, float]:
-    """(what was learned, its held-out error) after `budget` evaluations of the student: Adam, rate along a cosine, gradient clipped at 1,
-    parameters averaged; the best of the validations is kept."""
-    learned = {name: value.requires_grad_(True) for name, value in parameters_of(freedom, sigmas).items()}
-    optimiser = torch.optim.Adam(learned.values(), lr=rate, betas=(0.9, 0.99))
-    generator, moved = torch.Generator().manual_seed(seed), torch.zeros_like(pairs.start)
-    steps = max(1, budget // (2 * batch * (len(sigmas) - 1) * (1 if float(pairs.guidance[0]) == 1 else 2)))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    average = {name: value.detach().clone() for name, value in learned.items()}
-    best = error_of(lab, freedom, average, sigmas, held_out), average
-    for step in range(1, steps + 1):
-        index = torch.randint(len(pairs), (batch,), generator=generator)
-        part, shift = pairs.part(index), moved[index].requires_grad_(freedom.ball > 0)
-        apart = sample(lab, freedom, learned, sigmas, part, part.start + shift) - part.end
-        loss = apart.square().mean() if freedom.loss == "squared" else apart.abs().mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        if freedom.ball:
-            moved[index] = into_ball(shift.detach() - len(index) * shift.grad * shift[0].numel() / 2, freedom.ball * sigmas[0])
-        if freedom.alternate:  # rows and grid in turn, a tenth of the time each
-            for name in ("grid",) if step * 10 // steps % 2 else ("rows", "told"):
-                if name in learned:
-                    learned[name].grad = None
-        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
-        optimiser.step()
-        schedule.step()
-        for name, value in learned.items():
-            average[name].lerp_(value.detach(), max(0.02, 1 / step))
-        if step % max(1, steps // 10) == 0 or step == steps:
-            error = error_of(lab, freedom, average, sigmas, held_out)
-            if error < best[0]:
-                best = error, {name: value.clone() for name, value in average.items()}
-    return best[1], best[0]
-
-
-def into_ball(shift: torch.Tensor, radius: float) -> torch.Tensor:
-    """[B, …] cut to a root mean square of `radius` a picture."""
-    size = shift.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (shift.dim() - 1))
-    return shift * (radius / size.clamp_min(1e-12)).clamp_max(1)
-
-
-@torch.no_grad()
-def error_of(lab: Lab, freedom: Freedom, learned, sigmas, pairs: Trajectories, batch: int = 64) -> float:
-    """Pooled RMSE ÷ the teacher's spread; not counted as spent."""
-    before = lab.spent
-    ends = torch.cat([sample(lab, freedom, learned, sigmas, pairs.part(slice(i, i + batch))) for i in range(0, len(pairs), batch)])
-    lab.spent = before
-    return float((ends - pairs.end).double().square().mean().sqrt() / pairs.end.double().std())

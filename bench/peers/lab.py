@@ -11,6 +11,7 @@ class Lab:
 
     def __init__(self, session):
         self.session, self.spent = session, 0
+        self.network = session.network
         self.sigma_max, self.sigma_min = float(session.sampling.sigma_max), float(session.sampling.sigma_min)
 
     def denoise(self, x: torch.Tensor, sigma, batch: Trajectories, told=None) -> torch.Tensor:

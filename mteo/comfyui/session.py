@@ -18,12 +18,12 @@ from .conditions import normal, stack, stackable
 
 
 class Session:
-    """What `work` gets: the device, the model's sampling, and `denoise`."""
+    """What `work` gets: the device, the model's sampling and network, and `denoise`."""
 
     def __init__(self, guider, model_wrap, extra_args, latent, prompts: int):
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device = latent, latent.device
-        self.sampling = model_wrap.inner_model.model_sampling
+        self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
         self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)

@@ -1,0 +1,61 @@
+"""How every peer with a gradient is trained: end to end to the teacher's end points, the same for all; what differs are loss and freedom."""
+import torch
+
+from mteo.teacher import Trajectories
+
+from .lab import Lab
+
+
+def fit(lab: Lab, sample, learned: dict[str, torch.Tensor], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, rate: float,
+        batch: int = 32, loss: str = "squared", ball: float = 0.0, turns: list[set[str]] | None = None) -> tuple[dict[str, torch.Tensor], float]:
+    """(the best `learned` on the held-out pairs, its error) after `budget` evaluations: Adam, rate along a cosine, gradient cut at 1, averaged.
+
+    sample(learned, batch, start) -> end points. loss: "squared" or "absolute". ball: a start may move by this share of its noise to meet the teacher's
+    end (LD3's soft target: one step of gradient descent each time it is drawn). turns: sets of names that are learned in turn, ten times.
+    """
+    learned = {name: value.clone().requires_grad_(True) for name, value in learned.items()}
+    optimiser = torch.optim.Adam(learned.values(), lr=rate, betas=(0.9, 0.99))
+    generator, moved, first = torch.Generator().manual_seed(seed), torch.zeros_like(pairs.start), lab.spent
+    average = {name: value.detach().clone() for name, value in learned.items()}
+    best, checks = (error_of(lab, sample, average, held_out), average), 1
+    step = 0
+    while (spent := lab.spent - first) < budget:
+        step += 1
+        for group in optimiser.param_groups:
+            group["lr"] = rate * 0.5 * (1 + torch.cos(torch.tensor(spent / budget * torch.pi)).item())
+        index = torch.randint(len(pairs), (batch,), generator=generator)
+        part, shift = pairs.part(index), moved[index].requires_grad_(ball > 0)
+        apart = sample(learned, part, part.start + shift) - part.end
+        value = apart.square().mean() if loss == "squared" else apart.abs().mean()
+        optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        if ball:
+            moved[index] = into_ball(shift.detach() - shift.numel() / 2 * shift.grad, ball * lab.sigma_max)
+        for name in turns[int(10 * spent / budget) % len(turns)] ^ set(learned) if turns else ():
+            learned[name].grad = None
+        torch.nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimiser.step()
+        for name, own in learned.items():
+            average[name].lerp_(own.detach(), max(0.02, 1 / step))
+        if lab.spent - first >= checks * budget / 10:
+            checks += 1
+            error = error_of(lab, sample, average, held_out)
+            if error < best[0]:
+                best = error, {name: own.clone() for name, own in average.items()}
+    return best[1], best[0]
+
+
+def into_ball(shift: torch.Tensor, radius: float) -> torch.Tensor:
+    """[B, …] cut to a root mean square of `radius` a picture."""
+    size = shift.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (shift.dim() - 1))
+    return shift * (radius / size.clamp_min(1e-12)).clamp_max(1)
+
+
+@torch.no_grad()
+def error_of(lab: Lab, sample, learned, pairs: Trajectories, batch: int = 64) -> float:
+    """Pooled RMSE ÷ the teacher's spread; a validation is not counted as spent."""
+    before = lab.spent
+    parts = [pairs.part(slice(i, i + batch)) for i in range(0, len(pairs), batch)]
+    ends = torch.cat([sample(learned, part, part.start) for part in parts])
+    lab.spent = before
+    return float((ends - pairs.end).double().square().mean().sqrt() / pairs.end.double().std())

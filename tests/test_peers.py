@@ -51,6 +51,26 @@ def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
     own.session(work)
 
 
+def test_fine_tuning_changes_a_private_copy_only(pairs):
+    from dataclasses import replace
+
+    from bench.parts import named_grids
+    from bench.peers import sfd
+    from bench.peers.lab import Lab
+
+    own, train, held_out = pairs
+    before = {name: value.clone() for name, value in own.model.model.diffusion_model.state_dict().items()}
+
+    def work(session):
+        lab, sigmas = Lab(session), named_grids(session.sampling, 3)["sgm_uniform"].tolist()
+        states = train.end[:, None].expand(-1, 2, -1, -1, -1)  # any target will do here
+        weights, _ = sfd.train(lab, sigmas, replace(train, states=states), held_out, 200, 0, batch=8)
+        assert set(weights) <= set(before) and any(not torch.equal(value, before[name]) for name, value in session.network.state_dict().items())
+
+    own.session(work)
+    assert all(torch.equal(value, before[name]) for name, value in own.model.model.diffusion_model.state_dict().items())
+
+
 def test_the_shortest_path_weighs_later_steps_more():
     from bench.peers.gits import shortest_path
 

@@ -1,0 +1,60 @@
+"""SFD (Zhou et al. 2024, arXiv 2409.19681): all weights are fine-tuned so that each Euler step lands on the teacher's state, from the student's own state.
+
+It is no peer, as it changes the weights: an upper bound. Absolute error at every step, Adam, averaged weights.
+"""
+import torch
+
+from mteo.teacher import Trajectories
+
+from .lab import Lab
+from .training import error_of
+
+
+def sample(lab: Lab, sigmas: list[float], weights: dict[str, torch.Tensor] | None, batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
+    """End points by Euler on `sigmas` [K + 1], with the network's weights as they are (None) or with `weights`, which are left in it."""
+    if weights is not None:
+        lab.network.load_state_dict(weights, strict=False)
+    x = start
+    for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+        x = euler(lab, x, high, low, batch)
+    return x
+
+
+def euler(lab: Lab, x, high: float, low: float, batch) -> torch.Tensor:
+    return low / high * x + (1 - low / high) * lab.denoise(x, high, batch)
+
+
+def train(lab: Lab, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, rate: float = 1e-4, batch: int = 32, memory: float = 0.99) -> tuple[dict, float]:
+    """(the best averaged weights, their held-out error) after `budget` evaluations; pairs.states are the teacher's at the inner σ. The network of `lab`
+    is trained in place: a private copy."""
+    named = dict(lab.network.named_parameters())
+    for value in named.values():
+        value.requires_grad_(True)
+    optimiser, generator, first = torch.optim.Adam(named.values(), lr=rate), torch.Generator().manual_seed(seed), lab.spent
+    average = {name: value.detach().clone() for name, value in named.items()}
+    best, checks, step = (error_of(lab, lambda _, part, start: sample(lab, sigmas, None, part, start), None, held_out), average), 1, 0
+    while (spent := lab.spent - first) < budget:
+        step += 1
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, step / 10) * (0.1 if spent > budget / 2 else 1.0)
+        part = pairs.part(torch.randint(len(pairs), (batch,), generator=generator))
+        optimiser.zero_grad(set_to_none=True)
+        x = part.start
+        for k, (high, low) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+            x = euler(lab, x, high, low, part)
+            (x - (part.states[:, k] if k + 2 < len(sigmas) else part.end)).abs().mean().backward()
+            x = x.detach()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        optimiser.step()
+        for name, value in named.items():
+            average[name].lerp_(value.detach(), max(1 - memory, 1 / step))
+        if lab.spent - first >= checks * budget / 10:
+            checks += 1
+            now = {name: value.detach().clone() for name, value in named.items()}
+            error = error_of(lab, lambda weights, part, start: sample(lab, sigmas, weights, part, start), average, held_out)
+            lab.network.load_state_dict(now, strict=False)
+            if error < best[0]:
+                best = error, {name: value.clone() for name, value in average.items()}
+    for value in named.values():
+        value.requires_grad_(False)
+    return best[1], best[0]

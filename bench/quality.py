@@ -11,15 +11,16 @@ import torch
 
 from mteo.embeddings import load_embeddings
 from mteo.metrics import nrmse
-from mteo.tableau import combine, euler_tableau, with_matrix
+from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
-from .heldout import CFGS, SOLVERS, free_rival
-from .parts import calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .heldout import CFGS, best_named, free_rival, named
+from .parts import ends_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
+FREE = "plain with free grid and rows, 3"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
@@ -35,8 +36,8 @@ def run(arguments: list[str]) -> dict:
     judge, embeddings, result = Judge(told.count // SEEDS), load_embeddings(told.table), {}
     for cfg in CFGS:
         sets = made_by(folder, own, choosing, told, embeddings, cfg)
-        same, other = sets.pop("teacher"), sets.pop("teacher, other noise")
-        result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{name.replace('/', ' ')}-{cfg:g}-{name_of(told.table)}", judge, pictures, same, other) for name, pictures in {"teacher": same, **sets}.items()}
+        judge.against(sets["teacher"], sets.pop("teacher, other noise"))
+        result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{name.replace('/', ' ')}-{cfg:g}-{name_of(told.table)}", judge, ends) for name, ends in sets.items()}
     show(result)
     summary = keys_of(result, told.budgets)
     out = Path(__file__).parent / "results" / "quality-unet.json"
@@ -51,38 +52,23 @@ def made_by(folder: Path, own, choosing, told, embeddings, cfg: float) -> dict[s
     validation = stage(folder, f"validation-{cfg:g}", teacher_pairs, choosing, told.validation, cfg, 2003)
     sets, sampling = {"teacher": pairs.end, "teacher, other noise": other.end}, own.model.get_model_object("model_sampling")
     for steps in told.budgets:
-        solver, grid = stage(folder, f"best-{steps}-{cfg:g}", best_plain, choosing, validation, steps)
+        solver, grid = best_named(stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps))
         tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
         sets[f"plain {steps}, {solver}/{grid}"] = stage(folder, f"plain-{steps}-{cfg:g}", ends_of, own, pairs, tableau)
     sigmas, matrix = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
-    sets["plain 3, free grid and rows"] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
+    sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
     sets["MTEO 3"] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[3].tableau_at(cfg), embeddings)
     return sets
 
 
-def best_plain(own, pairs, steps: int) -> tuple[str, str]:
-    """(solver, grid) of the least error at this number of evaluations."""
-
-    def work(session):
-        memory, errors = calls_of(session, pairs), {}
-        for solver in SOLVERS:
-            for grid, sigmas in named_grids(session.sampling, steps).items():
-                tableau = solver_tableau(solver, sigmas, session.sampling)
-                if len(tableau.sigmas) == steps:  # ComfyUI's beta and kl_optimal may give another number
-                    errors[solver, grid] = nrmse(combine(tableau.matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
-        return min(errors, key=errors.get)
-
-    return own.session(work)
-
-
 class Judge:
-    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, against the teacher's of the same and of other noise. fd is of real scenes' variance."""
+    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, as `against` says. fd is of real scenes' variance."""
 
     def __init__(self, prompts: int):
         numbers = vae_numbers("unet")
         self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
         sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
-        self.classifier = gate.train_classifier(200_000, sprites, self.vae, numbers, gate.HERE / "runs" / "gate" / "classifier.pt").eval()
+        self.classifier = gate.train_classifier(200_000, sprites, self.vae, numbers, gate.CLASSIFIER)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
         real = torch.cat([self.pooled(gate.real(500, sprites, self.vae, numbers, generator)[1]) for _ in range(20)])
         self.middle = real.mean(0)
@@ -105,16 +91,23 @@ class Judge:
 
     def pictures(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] in -1..1."""
-        return self.vae.decode(x / self.numbers["scale"].view(1, -1, 1, 1) + self.numbers["mean"].view(1, -1, 1, 1))
+        return self.vae.decode(latents.unscaled(x, self.numbers))
 
-    def __call__(self, made: torch.Tensor, same: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-        one, two = self.features(made), self.features(other)
-        precision, recall = precision_recall(one, two)
-        by_prompt = lambda x: x.view(SEEDS, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1)
-        wasserstein = sliced_wasserstein(self.pictures(made), self.pictures(other))
-        return {f"error {name}": value for name, value in nrmse(made, same).items()} | dict(
-            fd=frechet(one, two) / FEATURES, kid=kernel_distance(one, two), swd=sum(wasserstein) / len(wasserstein), precision=precision, recall=recall,
-            diversity=diversity(by_prompt(made), SEEDS) / diversity(by_prompt(other), SEEDS), spectrum=spectrum_gap(self.pictures(made), self.pictures(other)),
+    def by_prompt(self, x: torch.Tensor) -> float:
+        """Diversity of a prompt's seeds."""
+        return diversity(x.view(SEEDS, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1), SEEDS)
+
+    def against(self, same: torch.Tensor, other: torch.Tensor) -> None:
+        """From now on sets are compared with these of the teacher: of the same noise, and of other noise."""
+        self.same, self.other = same, dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
+
+    def __call__(self, made: torch.Tensor) -> dict[str, float]:
+        features, pictures, other = self.features(made), self.pictures(made), self.other
+        precision, recall = precision_recall(features, other["features"])
+        wasserstein = sliced_wasserstein(pictures, other["pictures"])
+        return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(
+            fd=frechet(features, other["features"]) / FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
+            precision=precision, recall=recall, diversity=self.by_prompt(made) / other["diversity"], spectrum=spectrum_gap(pictures, other["pictures"]),
             accuracy=gate.recognised(self.classifier, made, self.names)["recall"])
 
 
@@ -123,9 +116,9 @@ def keys_of(result: dict, budgets: list[int]) -> dict:
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher = rows["MTEO 3"], rows["teacher"]
-        plain = {steps: next(row["fd"] for name, row in rows.items() if name.startswith(f"plain {steps}, ") and "free" not in name) for steps in budgets}
+        plain = {steps: next(row["fd"] for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
         keys[cfg] = dict(plain_steps_matched=max((steps for steps, fd in plain.items() if fd >= mteo["fd"]), default=0), diversity=mteo["diversity"] / teacher["diversity"],
-                         recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_plain_3=plain.get(3), fd_free_3=rows["plain 3, free grid and rows"]["fd"])
+                         recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_plain_3=plain.get(3), fd_free_3=rows[FREE]["fd"])
     worst = {name: (max if name == "spectrum" else min)(own[name] for own in keys.values()) for name in ("plain_steps_matched", "diversity", "recall", "spectrum")}
     return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: value if value is None else round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}
 

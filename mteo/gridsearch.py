@@ -29,20 +29,23 @@ def levels(steps: int, sigma_max: float) -> list[list[float]]:
     return [[min(float(sigma * SPREAD**r), 0.95 * sigma_max) for r in ramp] for sigma in reference]
 
 
-def multistep_tableau(grid: torch.Tensor) -> Tableau:
-    """Second-order multistep on denoised in λ = −ln σ between the inner σ (DPM++ 2M, Lu et al. 2022, algorithm 2), Euler to 0."""
-    tableau = euler_tableau(grid)
-    matrix, sigma = tableau.matrix.clone(), grid.double()
-    for k in range(1, len(sigma) - 2):
-        ratio = sigma[k + 1] / sigma[k]
+def multistep_row(rows, units: torch.Tensor, sigma, k: int) -> torch.Tensor:
+    """The row after call k of second-order multistep on denoised in λ = −ln σ between the inner σ (DPM++ 2M, Lu et al. 2022, algorithm 2), Euler first
+    and to 0; rows 0 … k are those before, units [·, N] one for each of x_T, D_0 … Differentiable in rows and σ."""
+    ratio, denoised = sigma[k + 1] / sigma[k], units[k + 1]
+    if 0 < k < len(sigma) - 2:
         over = (sigma[k] / sigma[k + 1]).log() / (sigma[k - 1] / sigma[k]).log() / 2  # 1/(2r)
-        matrix[k + 1] = ratio * matrix[k]
-        matrix[k + 1, k + 1] += (1 - ratio) * (1 + over)
-        matrix[k + 1, k] -= (1 - ratio) * over
-    k = len(sigma) - 2
-    matrix[-1] = 0
-    matrix[-1, k + 1] = 1
-    return with_matrix(tableau, matrix)
+        denoised = (1 + over) * units[k + 1] - over * units[k]
+    return ratio * rows[k] + (1 - ratio) * denoised
+
+
+def multistep_tableau(grid: torch.Tensor) -> Tableau:
+    """DPM++ 2M on `grid` [K + 1], the last σ 0."""
+    sigma, units = grid.double(), torch.eye(len(grid), dtype=torch.float64)
+    rows = [units[0]]
+    for k in range(len(grid) - 1):
+        rows.append(multistep_row(rows, units, sigma, k))
+    return with_matrix(euler_tableau(grid), torch.stack(rows))
 
 
 class Plain:

@@ -16,6 +16,7 @@ from . import latents, scenes
 from .vocabulary import DRAWINGS
 
 HERE = Path(__file__).parent
+CLASSIFIER = HERE / "runs" / "gate" / "classifier.pt"
 BOUNDS = {"recall": 0.80, "two_seeds": 0.5, "copies": 0.05, "plain_3_steps": 0.20}
 CFGS = (1.0, 4.0)
 
@@ -48,7 +49,7 @@ def real(count: int, sprites, vae, pca, generator, unseen_pairs: bool = False):
     """(names [count, 2], latents of unit-like scale) of composed scenes."""
     names = scenes.draw_names(count, generator, unseen_pairs)
     raw = vae.encode(scenes.compose(names, sprites, generator))
-    return names, (raw - pca["mean"].view(1, -1, 1, 1)) * pca["scale"].view(1, -1, 1, 1)
+    return names, latents.scaled(raw, pca)
 
 
 def targets(names: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,7 @@ def train_classifier(images: int, sprites, vae, pca, path: Path) -> Classifier:
     classifier = Classifier()
     if path.is_file():
         classifier.load_state_dict(torch.load(path, weights_only=True))
-        return classifier
+        return classifier.eval()
     batch, generator = 128, torch.Generator().manual_seed(11)
     torch.manual_seed(0)
     classifier = Classifier()
@@ -101,20 +102,21 @@ def main(arguments=None):
     parser.add_argument("--classifier-images", type=int, default=200_000)
     told = parser.parse_args(arguments)
     open_comfyui(find_root(told.comfyui))
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     from bench.heldout import named
     from bench.parts import parts, teacher_pairs
     from mteo.sheet import sheet
 
-    from .objects import make_vae, weights_file
+    from .objects import make_vae, vae_numbers, weights_file
 
-    shipped = load_file(weights_file("unet"))
-    pca = {name: shipped[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
+    pca = vae_numbers("unet")
     sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
-    classifier = train_classifier(told.classifier_images, sprites, vae, pca, HERE / "runs" / "gate" / "classifier.pt").eval()
+    classifier = train_classifier(told.classifier_images, sprites, vae, pca, CLASSIFIER)
     names, held_out = real(2048, sprites, vae, pca, generator, unseen_pairs=True)
-    result = {"images": int(shipped["images"]), "pictures": told.pictures, "classifier_on_real_scenes": recognised(classifier, held_out, names)}
+    with safe_open(weights_file("unet"), "pt") as file:
+        images = int(file.get_tensor("images"))
+    result = {"images": images, "pictures": told.pictures, "classifier_on_real_scenes": recognised(classifier, held_out, names)}
     _, training = real(20_000, sprites, vae, pca, generator)
     own = parts(21, told.pictures, True)
     names = scenes.draw_names(told.pictures, torch.Generator().manual_seed(21), True)
@@ -130,9 +132,8 @@ def main(arguments=None):
     result["passed"] = {name: all((own[name] <= bound) if name == "copies" else (own[name] >= bound) for own in judged) for name, bound in BOUNDS.items()}
     (HERE / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
     few = teacher_pairs(parts(22, 8, True), 32, 4.0, 33).end  # eight prompts, four seeds each
-    raw = few / pca["scale"].view(1, -1, 1, 1) + pca["mean"].view(1, -1, 1, 1)
     with torch.inference_mode():
-        pictures = make_vae().decode(raw)
+        pictures = make_vae().decode(latents.unscaled(few, pca))
     texts = scenes.prompts(scenes.draw_names(8, torch.Generator().manual_seed(22), True))
     sheet({f"seed {row}": pictures[8 * row : 8 * row + 8] for row in range(4)}, captions=texts).save(HERE / "samples.jpg", quality=92)
     print(json.dumps(result))

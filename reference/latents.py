@@ -17,6 +17,16 @@ def fit(pictures: torch.Tensor, patch: int, channels: int) -> dict[str, torch.Te
     return {"basis": basis.float(), "mean": raw.mean(0).float(), "scale": (SPREAD / raw.std(0)).float()}
 
 
+def scaled(raw: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the VAE encodes -> what the network reads: mean 0 and a deviation of SPREAD in every channel; numbers as from `fit`."""
+    return (raw - numbers["mean"].view(1, -1, 1, 1).to(raw)) * numbers["scale"].view(1, -1, 1, 1).to(raw)
+
+
+def unscaled(x: torch.Tensor, numbers: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The way back."""
+    return x / numbers["scale"].view(1, -1, 1, 1).to(x) + numbers["mean"].view(1, -1, 1, 1).to(x)
+
+
 class LinearVAE(torch.nn.Module):
     """encode and decode as ComfyUI's VAE calls them; pictures [B, 3, H, W] in -1..1, latents [B, channels, H/patch, W/patch]."""
 

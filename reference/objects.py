@@ -15,10 +15,9 @@ from safetensors.torch import load_file
 from . import latents, network
 from .vocabulary import END, LENGTH, PAD, START, TOKEN, WORDS, tokenize
 
-KINDS = tuple(network.BUILD)
-
 
 def weights_file(kind: str) -> Path:
+    """The file that ships: text encoder, network and VAE."""
     return Path(__file__).parent / "weights" / f"{kind}.safetensors"
 
 
@@ -68,18 +67,17 @@ class ReferenceLatent(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
 
     def __init__(self, kind: str):
-        vae = vae_numbers(kind)
+        self.numbers = vae = vae_numbers(kind)
         self.spacial_downscale_ratio, self.latent_channels = latents.SHAPES[kind]
-        self.mean, self.scale = vae["mean"].view(1, -1, 1, 1), vae["scale"].view(1, -1, 1, 1)
         colour = vae["basis"].reshape(self.latent_channels, 3, -1).mean(2)  # [channel, RGB]: mean colour of a patch
         self.latent_rgb_factors = (colour / vae["scale"][:, None]).tolist()
         self.latent_rgb_factors_bias = (vae["mean"] @ colour).tolist()
 
     def process_in(self, latent):
-        return (latent - self.mean.to(latent)) * self.scale.to(latent)
+        return latents.scaled(latent, self.numbers)
 
     def process_out(self, latent):
-        return latent / self.scale.to(latent) + self.mean.to(latent)
+        return latents.unscaled(latent, self.numbers)
 
 
 @cache

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ from .vocabulary import padded
 HERE = Path(__file__).parent
 
 
+@cache
 def sigmas_of_sd1(steps=1000, start=0.00085, end=0.012) -> torch.Tensor:
-    """σ of the 1000 discrete steps of SD1.x: β linear in its root, σ² = (1 − ᾱ)/ᾱ (float64)."""
+    """σ of the 1000 discrete steps of SD1.x: β linear in its root, σ² = (1 − ᾱ)/ᾱ (float32)."""
     beta = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - beta, 0)
-    return ((1 - kept) / kept).sqrt()
+    return ((1 - kept) / kept).sqrt().float()
 
 
 def weight_of(sigma: torch.Tensor, spread: float = latents.SPREAD) -> torch.Tensor:
@@ -67,7 +69,7 @@ class Pair(torch.nn.Module):
 def noised_for_unet(x, generator):
     """ε-prediction: (what the network reads, its time, what it shall answer, the weight of that) for latents x [B, C, H, W]."""
     t = torch.randint(1000, (len(x),), generator=generator)
-    sigma, noise = sigmas_of_sd1().float()[t].view(-1, 1, 1, 1), torch.randn(x.shape, generator=generator)
+    sigma, noise = sigmas_of_sd1()[t].view(-1, 1, 1, 1), torch.randn(x.shape, generator=generator)
     return (x + sigma * noise) / (1 + sigma**2).sqrt(), t.float(), noise, weight_of(sigma)  # EPS scaling of the input
 
 
@@ -107,8 +109,7 @@ def batch_of(count, sprites, vae, pca, drop, generator):
     texts = scenes.prompts(names)
     dropped = torch.rand(count, generator=generator) < drop
     tokens = torch.tensor([padded("" if gone else text) for text, gone in zip(texts, dropped.tolist(), strict=True)])
-    shape = (1, -1, 1, 1)
-    return (raw - pca["mean"].view(shape)) * pca["scale"].view(shape), tokens
+    return latents.scaled(raw, pca), tokens
 
 
 def main(arguments=None):

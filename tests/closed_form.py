@@ -22,7 +22,7 @@ class Mixture:
         variance = self.spread**2 + torch.as_tensor(sigma, dtype=torch.float64) ** 2
         apart = x[:, None] - self.means
         share = (-apart.square().sum(2) / (2 * variance)).softmax(1)
-        return (share[..., None] * (self.means + self.spread**2 / variance * apart if variance.dim() == 0 else self.means + self.spread**2 / variance[..., None] * apart)).sum(1)
+        return (share[..., None] * (self.means + self.spread**2 / variance[..., None] * apart)).sum(1)
 
     def flow(self, x: torch.Tensor, high: float, low: float, steps: int = 200) -> torch.Tensor:
         """Ψ: dx/dσ = (x − D)/σ from σ = high to low by Runge–Kutta of order 4 in ln σ; low may be 0 (1e-4 then, and the denoised)."""

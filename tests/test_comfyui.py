@@ -331,3 +331,21 @@ def test_a_row_is_found_within_rounding_and_two_close_rows_are_told_apart(comfyu
     bounds, row_of = windows(rows)
     asked = torch.tensor([1.0, 1.00001, 0.99998, 0.9999, 0.50003, 0.5001, 0.4998, 2.0, 0.0])
     assert row_of[torch.bucketize(asked, bounds)].tolist() == [0, 0, 0, 1, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("kind, sites", [("unet", 12), ("mmdit", 9)])
+def test_a_reference_network_of_either_kind_has_its_sites_and_a_gradient(comfyui_root, kind, sites):
+    from mteo.sites import find_sites
+    from reference.latents import SHAPES
+    from reference.train import NOISED, Pair
+    from reference.vocabulary import padded
+
+    patch, channels = SHAPES[kind]
+    with torch.inference_mode(False):  # the module's fixture may hold it on
+        tokens = torch.tensor([padded("cat and apple"), padded("")])
+        pair, generator = Pair(kind), torch.Generator().manual_seed(0)
+        noisy, t, target, weight = NOISED[kind](torch.randn(2, channels, 64 // patch, 64 // patch, generator=generator), generator)
+        answer = pair(noisy, t, tokens)
+        assert answer.shape == target.shape and len(find_sites(getattr(pair, kind), "embedding")) == sites
+        (weight * (answer - target).square()).mean().backward()
+        assert any(value.grad is not None and value.grad.abs().max() > 0 for value in getattr(pair, kind).parameters())

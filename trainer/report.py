@@ -39,7 +39,7 @@ def plot_loss(log: list[dict], path: Path) -> None:
     for cfg in dict.fromkeys(line["cfg"] for line in log):
         own = [line for line in log if line["cfg"] == cfg]
         axis.plot([line["iteration"] for line in own], [line["held_out"] for line in own], "o-", label=f"cfg {cfg:g}")
-    axis.set(xlabel="optimiser steps", ylabel="held-out error to the teacher (0 = the same picture)", ylim=(0, None))
+    axis.set(xlabel="optimiser steps", ylabel="held-out error (0 = the teacher's picture)", ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

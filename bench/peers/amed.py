@@ -15,7 +15,7 @@ HIDDEN, SCALE = 32, 0.2  # width of the small network; how far from 1 it may mov
 
 
 def parameters_of(lab: Lab, analytic: bool, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The small network, whose answer is the same for every picture at first; inner: ln σ of the second step relative to √(σ_0·σ_min)."""
+    """The small network, whose answer is the same for every picture at first; inner: σ of the second step (`Lab.middle`)."""
     generator = torch.Generator().manual_seed(seed)
     inputs = (lab.session.latent.shape[-1] // 2) ** 2 + 2  # the middle of both reference networks has half the latent's side
     return dict(inner=torch.zeros(()), weight=torch.randn(HIDDEN, inputs, generator=generator) / inputs**0.5, bias=torch.zeros(HIDDEN), out=torch.zeros(3, HIDDEN), out_bias=torch.zeros(3))
@@ -37,14 +37,12 @@ class Bottleneck:
 
 def sample(lab: Lab, analytic: bool, learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
     """End points of the starts."""
-    inner = (lab.sigma_max * lab.sigma_min) ** 0.5 * learned["inner"].exp()
+    inner = lab.middle(learned["inner"])
     bottleneck, x, count = Bottleneck(lab), start, len(start)
     try:
         high = torch.tensor(lab.sigma_max)
-        if analytic:
-            slope, seen = x / (1 + high**2).sqrt(), x.new_zeros(count, learned["weight"].shape[1] - 2)
-        else:
-            slope, seen = (x - lab.denoise(x, high, batch)) / high, bottleneck.of(count)
+        slope = lab.first_slope(x, batch, analytic)
+        seen = x.new_zeros(count, learned["weight"].shape[1] - 2) if analytic else bottleneck.of(count)
         x = step(lab, learned, batch, x, slope, seen, high, inner)
         answer = lab.denoise(x, inner, batch, inner)
         if not analytic:

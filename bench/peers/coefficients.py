@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mteo.gridsearch import multistep_row
 from mteo.tableau import combine
 from mteo.teacher import Trajectories
 
@@ -71,16 +72,6 @@ def slope_weights(k: int, steps: int) -> torch.Tensor:
     """Weights of d_0 … d_k as ComfyUI's iPNDM takes them (Zhang & Chen 2022): Adams–Bashforth of order k + 1, at most 4; Euler at the end."""
     known = [[1.0], [-1 / 2, 3 / 2], [5 / 12, -16 / 12, 23 / 12], [-9 / 24, 37 / 24, -59 / 24, 55 / 24]][min(k, 3) if k < steps - 1 else 0]
     return torch.tensor([0.0] * (k + 1 - len(known)) + known, dtype=torch.float64)
-
-
-def multistep_row(rows, unit, grid, k: int) -> torch.Tensor:
-    """DPM++ 2M (Lu et al. 2022, algorithm 2); a plain D at the end."""
-    ratio = grid[k + 1] / grid[k]
-    denoised = unit[1 + k]
-    if 0 < k < len(grid) - 2:
-        over = (grid[k] / grid[k + 1]).log() / (grid[k - 1] / grid[k]).log() / 2  # 1/(2r)
-        denoised = (1 + over) * unit[1 + k] - over * unit[k]
-    return ratio * rows[k] + (1 - ratio) * denoised
 
 
 def sample(lab: Lab, freedom: Freedom, sigmas: list[float], learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,7 @@ import torch
 
 from mteo.comfyui.training import teacher_tableau
 from mteo.schedule import karras
-from mteo.tableau import combine
-from mteo.teacher import Trajectories
+from mteo.teacher import Trajectories, follow
 
 from .lab import Lab
 
@@ -20,12 +19,14 @@ def find_grid(lab: Lab, pairs: Trajectories, steps: int, weight: float = WEIGHT)
     """[steps + 1] σ, the last 0."""
     sigmas = karras(FINE, lab.sigma_min, lab.sigma_max)
     tableau = teacher_tableau(lab.session, sigmas)
-    states, terms = [], [pairs.start]
-    for row, sigma in zip(tableau.matrix, tableau.sigmas.tolist(), strict=False):
-        states.append(combine(row, terms))
-        terms.append(lab.denoise(states[-1], sigma, pairs))
-    states.append(combine(tableau.matrix[-1], terms))
-    return shortest_path(costs(states, terms[1:], sigmas.tolist()), sigmas.tolist(), steps, weight)
+    answers = []
+
+    def denoise(x, call, sigma):
+        answers.append(lab.denoise(x, sigma, pairs))
+        return answers[-1]
+
+    inner, end = follow(tableau, denoise, pairs.start, sigmas)
+    return shortest_path(costs([pairs.start, *inner.unbind(1), end], answers, sigmas.tolist()), sigmas.tolist(), steps, weight)
 
 
 def costs(states: list[torch.Tensor], denoised: list[torch.Tensor], sigmas: list[float]) -> torch.Tensor:

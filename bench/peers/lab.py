@@ -20,6 +20,16 @@ class Lab:
         with telling(self.session.sampling, told):
             return self.session.denoise(x, sigma, batch.item, batch.guidance)
 
+    def first_slope(self, x: torch.Tensor, batch: Trajectories, analytic: bool) -> torch.Tensor:
+        """d = (x − D)/σ at sigma_max; analytic: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise, which costs no evaluation."""
+        if analytic:
+            return x / (1 + self.sigma_max**2) ** 0.5
+        return (x - self.denoise(x, self.sigma_max, batch)) / self.sigma_max
+
+    def middle(self, move: torch.Tensor) -> torch.Tensor:
+        """A learned σ between the ends: `move` = its ln relative to √(σ_max·σ_min)."""
+        return (self.sigma_max * self.sigma_min) ** 0.5 * move.exp()
+
 
 @contextmanager
 def telling(sampling, told):

@@ -1,8 +1,8 @@
 """EPD (arXiv 2507.14797): several evaluations at once inside a long step, at learned places and with learned weights.
 
 From x at σ: d there, then at n places σ_i = σ'^r·σ^(1−r) on the straight line along `direction`·d; the network is told `told`·σ_i; the step
-goes along the weighted mean of the slopes found there. Three evaluations are one step of 1 + 2; where the first d is the analytic one (x/σ, for data
-of mean 0) they are a step of 0 + 2 and a plain one.
+goes along the weighted mean of the slopes found there. Three evaluations are one step of 1 + 2; where the first d is the analytic one
+(`Lab.first_slope`) they are a step of 0 + 2 and a plain one.
 """
 import torch
 
@@ -14,7 +14,7 @@ PLACES = 2
 
 
 def parameters_of(analytic: bool) -> dict[str, torch.Tensor]:
-    """place: logit of r at each point; weight: logits of the weights; direction, told: logarithms; middle: ln σ of the second step's start relative to √(σ_0·σ_min)."""
+    """place: logit of r at each point; weight: logits of the weights; direction, told: logarithms; middle: of the second step's start (`Lab.middle`)."""
     own = dict(place=torch.tensor([0.0, 1.0]), weight=torch.zeros(PLACES), direction=torch.zeros(PLACES), told=torch.zeros(PLACES))
     return own | ({"middle": torch.zeros(())} if analytic else {})
 
@@ -22,12 +22,8 @@ def parameters_of(analytic: bool) -> dict[str, torch.Tensor]:
 def sample(lab: Lab, analytic: bool, learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
     """End points of the starts."""
     x, sigma = start, torch.tensor(lab.sigma_max)
-    if analytic:
-        slope = x / (1 + sigma**2).sqrt()
-        low = (lab.sigma_max * lab.sigma_min) ** 0.5 * learned["middle"].exp()
-    else:
-        slope = (x - lab.denoise(x, sigma, batch)) / sigma
-        low = torch.tensor(0.0)
+    slope = lab.first_slope(x, batch, analytic)
+    low = lab.middle(learned["middle"]) if analytic else torch.tensor(0.0)
     floor = low if analytic else torch.tensor(lab.sigma_min)  # a place needs a σ above 0
     mean = 0
     for place, weight, direction, told in zip(learned["place"].sigmoid(), learned["weight"].softmax(0), learned["direction"].exp(), learned["told"].exp(), strict=True):

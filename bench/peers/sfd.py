@@ -10,10 +10,8 @@ from .lab import Lab
 from .training import error_of
 
 
-def sample(lab: Lab, sigmas: list[float], weights: dict[str, torch.Tensor] | None, batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
-    """End points by Euler on `sigmas` [K + 1], with the network's weights as they are (None) or with `weights`, which are left in it."""
-    if weights is not None:
-        lab.network.load_state_dict(weights, strict=False)
+def sample(lab: Lab, sigmas: list[float], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
+    """End points by Euler on `sigmas` [K + 1] with the weights that the network has."""
     x = start
     for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
         x = euler(lab, x, high, low, batch)
@@ -32,7 +30,8 @@ def train(lab: Lab, sigmas: list[float], pairs: Trajectories, held_out: Trajecto
         value.requires_grad_(True)
     optimiser, generator, first = torch.optim.Adam(named.values(), lr=rate), torch.Generator().manual_seed(seed), lab.spent
     average = {name: value.detach().clone() for name, value in named.items()}
-    best, checks, step = (error_of(lab, lambda _, part, start: sample(lab, sigmas, None, part, start), None, held_out), average), 1, 0
+    held_out_error = lambda: error_of(lab, lambda _, part, start: sample(lab, sigmas, part, start), None, held_out)
+    best, checks, step = (held_out_error(), average), 1, 0
     while (spent := lab.spent - first) < budget:
         step += 1
         for group in optimiser.param_groups:
@@ -51,7 +50,8 @@ def train(lab: Lab, sigmas: list[float], pairs: Trajectories, held_out: Trajecto
         if lab.spent - first >= checks * budget / 10:
             checks += 1
             now = {name: value.detach().clone() for name, value in named.items()}
-            error = error_of(lab, lambda weights, part, start: sample(lab, sigmas, weights, part, start), average, held_out)
+            lab.network.load_state_dict(average, strict=False)
+            error = held_out_error()
             lab.network.load_state_dict(now, strict=False)
             if error < best[0]:
                 best = error, {name: value.clone() for name, value in average.items()}

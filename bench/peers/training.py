@@ -1,6 +1,7 @@
 """How every peer with a gradient is trained: end to end to the teacher's end points, the same for all; what differs are loss and freedom."""
 import torch
 
+from mteo.metrics import nrmse
 from mteo.teacher import Trajectories
 
 from .lab import Lab
@@ -58,4 +59,4 @@ def error_of(lab: Lab, sample, learned, pairs: Trajectories, batch: int = 64) ->
     parts = [pairs.part(slice(i, i + batch)) for i in range(0, len(pairs), batch)]
     ends = torch.cat([sample(learned, part, part.start) for part in parts])
     lab.spent = before
-    return float((ends - pairs.end).double().square().mean().sqrt() / pairs.end.double().std())
+    return nrmse(ends, pairs.end)["pooled"]

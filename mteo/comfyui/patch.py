@@ -71,9 +71,11 @@ class Patch:
             detach(self.handles.pop(network, []))
 
     def rows(self, sigma: torch.Tensor) -> tuple:
-        """What `Offsets.select` takes for each σ [B]; no row where the table has none. On the device of σ, without a wait."""
+        """What `Offsets.select` takes for σ [B], one for each or one for all; no row where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
             self.row_sigmas, self.windows, self.row_of_window = (own.to(sigma.device) for own in (self.row_sigmas, self.windows, self.row_of_window))
+        if sigma.device.type == "cpu" and len(set(sigma.tolist())) == 1:
+            sigma = sigma[:1]  # the whole batch gets one row; elsewhere to know it would be a wait
         rows, sigma = self.row_sigmas, sigma.float()
         if self.off_grid == "nearest":
             return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)

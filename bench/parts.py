@@ -11,8 +11,9 @@ from mteo.comfyui.solver import read_tableau
 from mteo.comfyui.training import karras_of, teacher_tableau, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import Plain
+from mteo.schedule import refined
 from mteo.tableau import Tableau, execute
-from mteo.teacher import Trajectories
+from mteo.teacher import Trajectories, follow
 from reference.objects import make_clip, make_model
 from reference.scenes import draw_names, prompts
 from trainer.comfyui import empty_latent, encode
@@ -51,6 +52,11 @@ def name_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
+def name_of_tensor(values: torch.Tensor) -> str:
+    """As `name_of`."""
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]
+
+
 def stage(folder: Path, name: str, make, *arguments):
     """make(*arguments), or what an earlier run of the same stage wrote."""
     path = folder / f"{name}.pt"
@@ -73,16 +79,16 @@ def batched(session, pairs: Trajectories):
     return denoise
 
 
-def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TEACHER_STEPS) -> Trajectories:
-    """Starts and teacher end points: prompts in turn, noise by `seed`."""
+def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TEACHER_STEPS, through: tuple[float, ...] = ()) -> Trajectories:
+    """Starts, the teacher's states at the inner σ of a grid `through` (none: no states) and its end points: prompts in turn, noise by `seed`."""
 
     def work(session):
         item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
         start = session.start(session.noise(count, seed), session.sampling.sigma_max)
-        pairs = Trajectories(start, torch.zeros(count, 0), start, item, guidance)
-        denoise = batched(session, pairs)
-        pairs.end = execute(teacher_tableau(session, karras_of(session, steps)), lambda x, call, sigma: denoise(x, sigma), start)
-        return pairs
+        denoise = batched(session, Trajectories(start, start[:, :0], start, item, guidance))
+        sigmas = refined(torch.tensor(through), steps, session.sampling.sigma_min) if through else karras_of(session, steps)
+        states, end = follow(teacher_tableau(session, sigmas), lambda x, call, sigma: denoise(x, sigma), start, through)
+        return Trajectories(start, states, end, item, guidance)
 
     return own.session(work)
 

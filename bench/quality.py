@@ -16,11 +16,12 @@ from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
-from .heldout import CFGS, best_named, free_rival, named
-from .parts import ends_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .heldout import CFGS, STEPS, best_named, free_rival, named
+from .parts import TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .peers import methods
 
 ROOT = Path(__file__).resolve().parent.parent
-FREE = "plain with free grid and rows, 3"
+FREE, MTEO, SFD = "plain with free grid and rows, 3", "MTEO, 3", "SFD"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
@@ -29,15 +30,22 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
     parser.add_argument("--validation", type=int, default=128, help="pairs on which plain solvers and grids are chosen")
     parser.add_argument("--budgets", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
+    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a peer's training takes, those of its teacher included; 0: no peers and no bound")
+    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
+    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
+    parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
     parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
     told = parser.parse_args(arguments)
+    told.budgets = sorted({STEPS, *told.budgets})
     folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file('unet'))}-{told.count}-{told.validation}"
-    own, choosing = parts(5, told.count // SEEDS, True), parts(6, told.validation, True)
+    own, choosing, seen = parts(5, told.count // SEEDS, True), parts(6, told.validation, True), parts(1, 1024, False)
     judge, embeddings, result = Judge(told.count // SEEDS), load_embeddings(told.table), {}
-    for cfg in CFGS:
-        sets = made_by(folder, own, choosing, told, embeddings, cfg)
+    for cfg in CFGS if told.cfg is None else (told.cfg,):
+        sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
-        result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{name.replace('/', ' ')}-{cfg:g}-{name_of(told.table)}", judge, ends) for name, ends in sets.items()}
+        result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
+    if told.cfg is not None:
+        return {"cfg": told.cfg}
     show(result)
     summary = keys_of(result, told.budgets)
     out = Path(__file__).parent / "results" / "quality-unet.json"
@@ -45,7 +53,7 @@ def run(arguments: list[str]) -> dict:
     return summary
 
 
-def made_by(folder: Path, own, choosing, told, embeddings, cfg: float) -> dict[str, torch.Tensor]:
+def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> dict[str, torch.Tensor]:
     """Name -> end points [count, ...]; all but "teacher, other noise" from the same noise."""
     pairs = stage(folder, f"teacher-{cfg:g}", teacher_pairs, own, told.count, cfg, 2001)
     other = stage(folder, f"teacher-other-{cfg:g}", teacher_pairs, own, told.count, cfg, 2002)
@@ -57,8 +65,23 @@ def made_by(folder: Path, own, choosing, told, embeddings, cfg: float) -> dict[s
         sets[f"plain {steps}, {solver}/{grid}"] = stage(folder, f"plain-{steps}-{cfg:g}", ends_of, own, pairs, tableau)
     sigmas, matrix = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
     sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
-    sets["MTEO 3"] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[3].tableau_at(cfg), embeddings)
+    if told.peers:
+        sets |= peers_of(folder, own, seen, told, stage(folder, f"named-{STEPS}-{cfg:g}", named, choosing, validation, STEPS), pairs, cfg)
+    sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
     return sets
+
+
+def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Name -> end points of every peer with three evaluations, and of SFD; `plain`: errors of the named grids on validation pairs."""
+    train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
+    sets = {}
+    for name in methods.NAMES:
+        trained = stage(folder, f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.train, seen, name, train, held_out, plain, told.peers, seed)
+        sets[f"{name}, 3"] = stage(folder, f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.ends_of, own, name, trained, pairs)
+    sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
+    through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
+    bound = stage(folder, f"bound-{cfg:g}-{told.bound}-{told.pairs}-{seed}", methods.fine_tune, seen, sigmas, through, held_out, told.bound, seed)
+    return sets | {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-{seed}", methods.fine_tuned_ends, own, bound, pairs)}
 
 
 class Judge:
@@ -112,15 +135,23 @@ class Judge:
 
 
 def keys_of(result: dict, budgets: list[int]) -> dict:
-    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, and the largest number of plain evaluations that it is not behind in Fréchet distance (0: of none)."""
+    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it is not behind in Fréchet distance
+    (0: of none); with peers the largest ratio to one that has no free first step, and the share of the way from the plain sampler to SFD."""
     keys = {}
     for cfg, rows in result.items():
-        mteo, teacher = rows["MTEO 3"], rows["teacher"]
-        plain = {steps: next(row["fd"] for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
-        keys[cfg] = dict(plain_steps_matched=max((steps for steps, fd in plain.items() if fd >= mteo["fd"]), default=0), diversity=mteo["diversity"] / teacher["diversity"],
-                         recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_plain_3=plain.get(3), fd_free_3=rows[FREE]["fd"])
-    worst = {name: (max if name == "spectrum" else min)(own[name] for own in keys.values()) for name in ("plain_steps_matched", "diversity", "recall", "spectrum")}
-    return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: value if value is None else round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}
+        mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
+        plain = {steps: next(row for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
+        keys[cfg] = own = dict(plain_steps_matched=max((steps for steps, row in plain.items() if row["fd"] >= mteo["fd"]), default=0), diversity=mteo["diversity"] / teacher["diversity"],
+                               recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_free_3=free["fd"])
+        if bound := rows.get(f"{SFD}, 3"):
+            peers = [free, *(rows[f"{name}, 3"] for name in methods.NAMES if not name.endswith(methods.ANALYTIC))]
+            for key, measure in (("fd", "fd"), ("error", "error pooled")):
+                start, end = plain[STEPS][measure], mteo[measure]
+                own |= {f"vs_peers_{key}": max(end / row[measure] for row in peers), f"gap_closed_{key}": (start - end) / (start - bound[measure])}
+    lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
+    names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum", "vs_peers_fd", "vs_peers_error")]
+    worst = {name: (min if name in lowest else max)(own[name] for own in keys.values()) for name in names}
+    return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}
 
 
 def show(result: dict) -> None:

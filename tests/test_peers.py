@@ -1,9 +1,10 @@
 """Peers of the quality bench start as the solvers that ComfyUI has, and can be told another time."""
 import itertools
-from functools import partial
 
 import pytest
 import torch
+
+NAMES = ("LD3", "GS", "S4S-Alt", "DyWeight", "PAS", "EPD", "AMED", "EPD, analytic", "AMED, analytic")
 
 
 @pytest.fixture(scope="module")
@@ -21,34 +22,38 @@ def pairs(comfyui_root):
     return own, teacher_pairs(own, 16, 1.0, 1, 12), teacher_pairs(own, 16, 1.0, 2, 12)
 
 
-@pytest.mark.parametrize("name", ["LD3", "GS", "S4S-Alt", "DyWeight", "PAS", "EPD", "EPD, analytic", "AMED", "AMED, analytic"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
     from bench.parts import named_grids
-    from bench.peers import amed, coefficients, parallel, pas
     from bench.peers.lab import Lab
+    from bench.peers.methods import method
     from bench.peers.training import error_of, fit
 
     own, train, held_out = pairs
 
     def work(session):
-        lab, sigmas, analytic = Lab(session), named_grids(session.sampling, 3)["sgm_uniform"].tolist(), name.endswith("analytic")
-        if name in coefficients.PEERS:
-            freedom = coefficients.PEERS[name]
-            sample, zero, told = partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training
-        elif name == "PAS":
-            sample, zero, told = partial(pas.sample, lab, sigmas), pas.parameters_of(3), {"loss": "absolute"}
-        elif name.startswith("EPD"):
-            sample, zero, told = partial(parallel.sample, lab, analytic), parallel.parameters_of(analytic), {}
-        else:
-            sample, zero, told = partial(amed.sample, lab, analytic), amed.parameters_of(lab, analytic), {}
+        lab = Lab(session)
+        peer = method(lab, name, named_grids(session.sampling, 3)["sgm_uniform"].tolist())
         with torch.no_grad():
-            sample(zero, held_out, held_out.start)
+            peer.sample(peer.zero, held_out, held_out.start)
         assert lab.spent == 3 * len(held_out)
-        before = error_of(lab, sample, zero, held_out)
-        learned, error = fit(lab, sample, zero, train, held_out, 400, 0, 0.03, batch=8, **told)
-        assert error < before and set(learned) == set(zero) and 400 <= lab.spent - 3 * len(held_out) < 450
+        before = error_of(lab, peer.sample, peer.zero, held_out)
+        learned, error = fit(lab, peer.sample, peer.zero, train, held_out, 400, 0, 0.03, batch=8, **peer.training)
+        assert error < before and set(learned) == set(peer.zero) and 400 <= lab.spent - 3 * len(held_out) < 450
 
     own.session(work)
+
+
+@pytest.mark.parametrize("name", ["GS", "GITS", "DPM-Solver-v3"])
+def test_a_training_takes_no_more_than_its_budget(pairs, name):
+    from bench.peers import methods
+    from bench.peers.methods import ends_of, train
+
+    own, known, held_out = pairs
+    plain = {solver: {"sgm_uniform": 1.0, "karras": 2.0} for solver in ("euler", "dpmpp_2m", "ipndm")}
+    trained = train(own, name, known, held_out, plain, budget := 1200, 0)
+    assert set(methods.NAMES) == {*NAMES, "GITS", "DPM-Solver-v3"}
+    assert trained["spent"] < budget + 200 and ends_of(own, name, trained, held_out).shape == held_out.end.shape
 
 
 def test_fine_tuning_changes_a_private_copy_only(pairs):
@@ -124,3 +129,21 @@ def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
         assert float(sampling.timestep(torch.tensor(3.0))) == pytest.approx(float(time_of(sampling, torch.tensor(3.0))), abs=1)
 
     session_of(work)
+
+
+def test_v3_solves_a_linear_flow_in_one_step(comfyui_root):
+    """D = c·x + m·σ: with l, s and b of that flow, f is a straight exponential and any step is exact."""
+    from bench.peers.v3 import step
+
+    levels = torch.linspace(-3.0, 3.0, 400, dtype=torch.float64)
+    c, m = torch.tensor([[0.3, -0.2]], dtype=torch.float64), torch.tensor([[0.5, 1.0]], dtype=torch.float64)
+    sigma = lambda level: torch.exp(-torch.as_tensor(level, dtype=torch.float64))
+    ones = torch.ones(len(levels), 1, 1, dtype=torch.float64)
+    numbers = dict(levels=levels, l=ones * (1 - c), s=-ones, b=0 * ones * c)  # f = −m·σ, so df/dλ = −f
+    x = torch.tensor([[[1.5, -2.0]]], dtype=torch.float64)
+    exact = x.clone()
+    for level, after in zip(torch.linspace(-2, 2, 4001, dtype=torch.float64)[:-1], torch.linspace(-2, 2, 4001, dtype=torch.float64)[1:], strict=True):
+        middle = exact + (after - level) / 2 * -((1 - c) * exact - m * sigma(level))
+        exact = exact + (after - level) * -((1 - c) * middle - m * sigma((level + after) / 2))
+    made = step(numbers, x, -2.0, 2.0, [(-2.0, (-m * sigma(-2.0)).expand_as(x))])
+    assert torch.allclose(made, exact, rtol=5e-3)

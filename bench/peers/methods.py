@@ -1,0 +1,122 @@
+"""Every peer by its name: how it samples with three evaluations, what it learns, and its training within a budget of evaluations.
+
+SFD is no peer but a bound, as it changes the weights; it has its own training and more evaluations.
+"""
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from mteo.tableau import execute
+from mteo.teacher import Trajectories
+
+from ..parts import BATCH, TEACHER_STEPS, named_grids, solver_tableau
+from . import amed, coefficients, gits, parallel, pas, sfd, v3
+from .lab import Lab
+from .training import error_of, fit
+
+STEPS, V3 = 3, "DPM-Solver-v3"
+ANALYTIC = ", analytic"  # the first slope costs nothing (`Lab.first_slope`)
+NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", "EPD" + ANALYTIC, "AMED" + ANALYTIC, "GITS", V3)
+BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
+RATES = (0.01, 0.03, 0.1)  # of Adam, the same for all; the best is chosen with a quarter of the budget
+
+
+@dataclass
+class Method:
+    """sample(learned, batch, start) -> end points; zero: what is learned, at its start; training: what `fit` is told beside."""
+
+    sample: object
+    zero: dict[str, torch.Tensor]
+    training: dict = field(default_factory=dict)
+
+
+def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
+    """The peer before its training, on `sigmas` [K + 1] where it has a grid."""
+    analytic = name.endswith(ANALYTIC)
+    if name in coefficients.PEERS:
+        freedom = coefficients.PEERS[name]
+        return Method(partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training)
+    if name == "PAS":
+        return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(STEPS), dict(loss="absolute"))
+    if name.startswith("EPD"):
+        return Method(partial(parallel.sample, lab, analytic), parallel.parameters_of(analytic))
+    if name.startswith("AMED"):
+        return Method(partial(amed.sample, lab, analytic), amed.parameters_of(lab, analytic))
+    if name == V3:
+        return Method(partial(v3.sample, lab, sigmas), {})
+    if name == "GITS":
+        tableau = solver_tableau(BASES[name], torch.tensor(sigmas), lab.session.sampling)
+        return Method(lambda learned, batch, start: execute(tableau, lambda x, call, sigma: lab.denoise(x, sigma, batch), start), {})
+    raise ValueError(f"No peer is called {name}: there are {', '.join(NAMES)}.")
+
+
+def start_grid(sampling, name: str, plain: dict[str, dict[str, float]]) -> list[float]:
+    """The named grid on which the peer's own solver does best, by `plain` {solver: {grid: error}} of validation pairs."""
+    errors = plain[BASES.get(name, "euler")]
+    return named_grids(sampling, STEPS)[min(errors, key=errors.get)].tolist()
+
+
+def teacher_cost(pairs: Trajectories) -> int:
+    """Evaluations that the pairs' end points took."""
+    return len(pairs) * TEACHER_STEPS * (1 if float(pairs.guidance[0]) == 1 else 2)
+
+
+def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int) -> dict:
+    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs` included."""
+    teacher = teacher_cost(pairs)
+
+    def work(session):
+        lab = Lab(session)
+        if name == "GITS":
+            sigmas = gits.find_grid(lab, pairs.part(slice(0, 256)), STEPS)
+            return dict(sigmas=sigmas, learned={}, error=None, rate=None, spent=lab.spent)
+        if name == V3:
+            few = pairs.part(slice(0, min(len(pairs), budget * len(pairs) // (2 * teacher * v3.LEVELS // TEACHER_STEPS))))
+            sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, STEPS).values()], error_of)
+            return dict(sigmas=sigmas, learned=learned, error=error, rate=None, spent=lab.spent)
+        sigmas = start_grid(session.sampling, name, plain)
+        peer = method(lab, name, sigmas)
+        run = lambda rate, evaluations: fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
+        rate = min(RATES, key=lambda one: run(one, (budget - teacher) // 4)[1])
+        before = lab.spent
+        learned, error = run(rate, budget - teacher)
+        return dict(sigmas=sigmas, learned=learned, error=error, rate=rate, spent=lab.spent - before + teacher)
+
+    return own.session(work)
+
+
+def ends_of(own, name: str, trained: dict, pairs: Trajectories) -> torch.Tensor:
+    """End points of the pairs' starts."""
+
+    def work(session):
+        peer = method(Lab(session), name, trained["sigmas"])
+        return in_batches(pairs, lambda part: peer.sample(trained["learned"], part, part.start))
+
+    return own.session(work)
+
+
+@torch.no_grad()
+def in_batches(pairs: Trajectories, sample) -> torch.Tensor:
+    return torch.cat([sample(pairs.part(slice(i, i + BATCH))) for i in range(0, len(pairs), BATCH)])
+
+
+def fine_tune(own, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int) -> dict:
+    """SFD on `sigmas`, through whose inner σ the pairs go: {"sigmas", "weights", "error", "spent"}, as `train`."""
+
+    def work(session):
+        lab = Lab(session)
+        weights, error = sfd.train(lab, sigmas, pairs, held_out, budget - teacher_cost(pairs), seed)
+        return dict(sigmas=sigmas, weights=weights, error=error, spent=lab.spent + teacher_cost(pairs))
+
+    return own.session(work)
+
+
+def fine_tuned_ends(own, trained: dict, pairs: Trajectories) -> torch.Tensor:
+    """End points of the pairs' starts with SFD's weights, on a private copy."""
+
+    def work(session):
+        session.network.load_state_dict(trained["weights"], strict=False)
+        return in_batches(pairs, lambda part: sfd.sample(Lab(session), trained["sigmas"], part, part.start))
+
+    return own.session(work)

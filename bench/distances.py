@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mteo.metrics import energy_by_frequency
+
 
 def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     """Fréchet distance of the Gaussians with the features' means and covariances: |μ_a − μ_b|² + tr(Σ_a + Σ_b − 2(Σ_aΣ_b)^½) (Heusel et al. 2017, eq. 6)."""
@@ -74,16 +76,6 @@ def diversity(pictures: torch.Tensor, seeds: int) -> float:
     return math.sqrt(2 * float(sets.var(1).mean()))  # E|x − y|² of independent draws = 2 · variance
 
 
-def spectrum(pictures: torch.Tensor, bands: int = 8) -> torch.Tensor:
-    """[bands] mean power of the pictures by frequency, from whole pictures to single pixels; the mean colour is left out."""
-    power = torch.fft.fft2(pictures.double(), norm="ortho").abs().square().mean((0, 1))
-    each = [torch.fft.fftfreq(n, dtype=torch.float64) for n in power.shape]
-    radius = (each[0][:, None].square() + each[1].square()).sqrt()
-    band = (radius / 0.5 * bands).floor().clamp_max(bands - 1).long()
-    band[0, 0] = bands
-    return torch.stack([power[band == i].mean() for i in range(bands)])
-
-
-def spectrum_gap(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max over bands of |ln(power of a ÷ power of b)|: both too smooth and too rough count (traps 35)."""
-    return float((spectrum(a) / spectrum(b)).log().abs().max())
+def spectrum_gap(a: torch.Tensor, b: torch.Tensor, bands: int = 8) -> float:
+    """max over bands of |ln(energy of a ÷ energy of b)|: both too smooth and too rough count (traps 35)."""
+    return float((energy_by_frequency(a, bands) / energy_by_frequency(b, bands)).log().abs().max())

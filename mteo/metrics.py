@@ -40,3 +40,16 @@ def held_out_errors(log: list[dict]) -> list[float]:
     for line in log:
         at.setdefault(line["iteration"], []).append(line["held_out"])
     return [sum(errors) / len(errors) for _, errors in sorted(at.items())]
+
+
+def energy_by_frequency(x: torch.Tensor, bands: int) -> torch.Tensor:
+    """[bands] mean energy of x [N, C, H, W] in each band of frequency, low to high, float64; the mean of a picture is left out."""
+    energy = torch.fft.fft2(x.double().cpu(), norm="ortho").abs().square().mean((0, 1))
+    each = [torch.fft.fftfreq(n, dtype=torch.float64) for n in energy.shape]
+    band = ((each[0][:, None].square() + each[1].square()).sqrt() / 0.5 * bands).ceil().clamp_max(bands)  # 0: the mean
+    return torch.stack([energy[band == i].mean() for i in range(1, bands + 1)])
+
+
+def by_frequency(student: torch.Tensor, teacher: torch.Tensor, bands: int = 4) -> list[float]:
+    """Energy of the error ÷ the teacher's energy in each band; 0 = equal, 1 = as if the student gave nothing there."""
+    return (energy_by_frequency(student - teacher, bands) / energy_by_frequency(teacher, bands)).tolist()

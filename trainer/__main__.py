@@ -1,12 +1,12 @@
-"""python -m trainer distill run.toml | sample | inspect: see --help of each."""
+"""python -m trainer distill run.toml | diagnose run.toml | sample | inspect: see --help of each."""
 import argparse
 import sys
 
 from mteo.errors import MTEOError
 
-from . import config, demo, distill, inspect, sample
+from . import config, demo, diagnose, distill, inspect, sample
 
-COMMANDS = {"distill": distill, "sample": sample, "inspect": inspect, "demo": demo}
+COMMANDS = {"distill": distill, "diagnose": diagnose, "sample": sample, "inspect": inspect, "demo": demo}
 
 
 def main() -> int:

@@ -1,0 +1,116 @@
+"""Is a model worth distilling, and what helps it? Measured on a few dozen teacher trajectories before any training; and of a trained table, where the rest lies."""
+from dataclasses import dataclass, field
+
+import comfy.samplers
+import torch
+
+from ..diagnose import offsets_share, row_error
+from ..embeddings import Embeddings
+from ..gridsearch import Plain, no_progress, search_grid
+from ..metrics import by_frequency, nrmse
+from ..recipe import FREE, Recipe
+from ..schedule import refined
+from ..tableau import Tableau, combine, execute
+from ..teacher import Trajectories, follow
+from .session import Session, private_copy, run_session, training_mode
+from .solver import read_tableau
+from .training import SEARCH, gather, karras_of, named_grid, teacher_tableau, untrained_table, with_table
+
+NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
+
+
+@dataclass
+class Diagnosis:
+    """Of one cfg value. Errors are RMSE ÷ the teacher's spread (0 = the teacher's picture), shares of the squared error (1 = all of it).
+
+    teacher: the teacher's own error against twice its steps. errors: the plain solver on a named grid, with a solved last row, on the searched grid too (where the
+    recipe asks for one), and with the best offsets to first order. offsets: the share that these remove; sites: how much of it each layer gives (sum 1).
+    With a table: achieved = the share that it removed, table = its error, states = error of its states at each inner σ and at the end, bands = its end error by
+    frequency ÷ the teacher's energy there, low to high."""
+
+    cfg: float
+    teacher: float
+    errors: dict[str, float]
+    offsets: float
+    sites: dict[str, float]
+    achieved: float | None = None
+    table: float | None = None
+    states: dict[float, float] = field(default_factory=dict)
+    bands: list[float] = field(default_factory=list)
+
+
+def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, pictures: int = 128, embeddings: Embeddings | None = None, progress=no_progress) -> list[Diagnosis]:
+    """One for each of the recipe's cfg values, of `pictures` trajectories that no training uses. The model is not changed. MTEOError as `distill_model`."""
+    found = []
+    with training_mode():
+        private = private_copy(model)
+        for number, cfg in enumerate(recipe.guidance):
+            pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
+            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), "euler", tableau)
+            patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
+            share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, t, q, progress))
+            last = list(own["errors"].values())[-1]
+            own["errors"]["and offsets, to first order"] = last * (1 - max(share.best, 0.0)) ** 0.5
+            diagnosis = Diagnosis(cfg, own["teacher"], own["errors"], share.best, share.sites)
+            if embeddings is not None:
+                patched, patch = with_table(private, embeddings)
+                run_session(patched, positives, negative, latent, lambda session, p=patch, d=diagnosis, q=pairs: of_table(session, p, recipe, q, d))
+                diagnosis.achieved = 1 - (diagnosis.table / last) ** 2
+            found.append(diagnosis)
+    return found
+
+
+def denoise_of(session: Session, pairs: Trajectories):
+    return lambda x, call, sigma: session.denoise(x, sigma, pairs.item, pairs.guidance)
+
+
+@torch.no_grad()
+def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, prompts: int, progress) -> tuple[Trajectories, Tableau, dict]:
+    """(the pairs, the tableau that offsets are added to, its σ and the errors so far)."""
+    pairs = gather(session, teacher_tableau(session, karras_of(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
+    few = pairs.part(slice(0, 16))
+    finer = execute(teacher_tableau(session, karras_of(session, 2 * recipe.teacher_steps)), denoise_of(session, few), few.start)
+    spread, free = float(pairs.end.double().std()), recipe.grid == FREE
+    root = lambda squares: float(squares.mean().sqrt()) / spread
+    plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
+    sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
+    tableau = read_tableau(comfy.samplers.sampler_object(name), sigmas, session.sampling, name)
+    terms = plain.terms(tableau)
+    errors = {f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"], "with a solved last row": root(row_error(terms, pairs.end, tableau))}
+    if free:
+        tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), progress)
+        sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+        errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
+    else:
+        _, tableau = plain.solved(tableau)
+    return pairs, tableau, dict(sigmas=sigmas, errors=errors, teacher=nrmse(few.end, finer)["pooled"])
+
+
+def of_offsets(session: Session, patch, tableau: Tableau, pairs: Trajectories, progress):
+    def ends(part: torch.Tensor, offsets: dict[str, torch.Tensor]) -> torch.Tensor:
+        patch.offsets.replace(offsets)
+        own = pairs.part(part)
+        return execute(tableau, denoise_of(session, own), own.start)
+
+    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
+    return offsets_share(ends, zero, pairs.end, progress=progress)
+
+
+@torch.no_grad()
+def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagnosis: Diagnosis) -> None:
+    """Fill in what the table does on the pairs."""
+    patch.at(diagnosis.cfg)
+    table, denoise = patch.table, denoise_of(session, pairs)
+    tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
+    patch.offsets.scale = 0.0
+    inner, _ = follow(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, pairs.start, table.sigmas)
+    patch.offsets.scale = 1.0
+    seen = []
+    end = execute(tableau, lambda x, call, sigma: (seen.append((sigma, x)), denoise(x, call, sigma))[1], pairs.start)
+    states = dict(zip(table.sigmas[1:-1], inner.unbind(1), strict=True))
+    for sigma, x in seen:
+        match = next((own for own in states if abs(own / sigma - 1) < 1e-4), None)
+        if match is not None:
+            diagnosis.states[match] = float((x - states[match]).double().square().mean().sqrt()) / spread
+    diagnosis.table = diagnosis.states[0.0] = nrmse(end, pairs.end)["pooled"]
+    diagnosis.bands = by_frequency(end, pairs.end)

@@ -5,6 +5,8 @@ from torch.nn.functional import embedding
 from .errors import MTEOError
 from .sites import SPACES
 
+CPU = torch.device("cpu")
+
 
 class Offsets:
     """The table that hooks read, and the offsets in force.
@@ -19,16 +21,27 @@ class Offsets:
         self.widths = [rows.shape[1] for rows in table.values()]
         self.current: dict[str, torch.Tensor] | None = None
         self._joined: tuple | None = None  # (device, scale) and the rows made for them
+        self._alone: dict[int, dict[str, torch.Tensor]] = {}  # what each of these is at every site, as far as it was asked for
 
     def replace(self, table: dict[str, torch.Tensor]) -> None:
         """Another table of the same sites and shapes."""
         self.table, self._joined = table, None
 
-    def select(self, row: torch.Tensor | None, other: torch.Tensor | None = None, share: torch.Tensor | None = None) -> None:
-        """row [B] (or [1] for the whole batch): the row of the table that each batch row gets, R = none; other [B], share [B] in 0..1:
+    @property
+    def trained(self) -> bool:
+        return next(iter(self.table.values())).requires_grad
+
+    def select(self, row: torch.Tensor | int | None, other: torch.Tensor | None = None, share: torch.Tensor | None = None) -> None:
+        """row [B], or a number for the whole batch on the processor: the row of the table that each batch row gets, R = none; other [B], share [B] in 0..1:
         so much of it is of another row. None = the plain network."""
         if row is None or self.scale == 0:
             self.current = None
+            return
+        if isinstance(row, int):
+            joined = self._join(CPU)
+            if self.trained or row not in self._alone:
+                self._alone[row] = dict(zip(self.table, joined[row : row + 1].split_with_sizes(self.widths, 1), strict=True))
+            self.current = self._alone[row]
             return
         joined = self._join(row.device)
         mixed = embedding(row, joined)  # as joined[row], but its gradient is summed in one order: training repeats bit for bit
@@ -38,14 +51,14 @@ class Offsets:
 
     def _join(self, device) -> torch.Tensor:
         """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its tensors."""
-        trained, key = next(iter(self.table.values())).requires_grad, (device, self.scale)
-        if trained or self._joined is None or self._joined[0] != key:
+        key = (device, self.scale)
+        if self.trained or self._joined is None or self._joined[0] != key:
             rows = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
             joined = self.scale * torch.cat([rows, torch.zeros_like(rows[:1])])
             joined = joined if self.order is None else embedding(self.order.to(device), joined)
-            if trained:
+            if self.trained:
                 return joined
-            self._joined = key, joined
+            self._joined, self._alone = (key, joined), {}
         return self._joined[1]
 
     def add(self, path: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ def shipped(tracked) -> list[str]:
 
 
 def test_the_core_and_the_trainer_import_without_comfyui():
-    code = "import mteo, mteo.distill, mteo.embeddings, mteo.gridsearch, mteo.teacher, mteo.metrics, mteo.sheet, trainer.__main__, sys; assert 'comfy' not in sys.modules and 'nodes' not in sys.modules"
+    code = "import mteo, mteo.diagnose, mteo.distill, mteo.embeddings, mteo.gridsearch, mteo.teacher, mteo.metrics, mteo.sheet, trainer.__main__, sys; assert 'comfy' not in sys.modules and 'nodes' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -5,6 +5,7 @@ Who has injected is kept by patcher: clones share the model, and a clone that di
 model that is being sampled [1]. Hooks are put on at the first evaluation, as ComfyUI injects three times for one sampling.
 """
 import logging
+from bisect import bisect_left
 
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -32,6 +33,7 @@ class Patch:
         self.cfg = table.guidance[0]
         self.row_sigmas = table.tableau.row_sigmas.float()
         self.windows, self.row_of_window = windows(self.row_sigmas)
+        self.bounds = self.windows.tolist()
         self.offsets = Offsets(table.offsets_at(self.cfg), self.row_of_window if off_grid in ("error", "off") else None)
         self.offsets.scale = strength
         self.modules = (None, {})  # (the network, its module of each site)
@@ -74,8 +76,8 @@ class Patch:
         """What `Offsets.select` takes for σ [B], one for each or one for all; no row where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
             self.row_sigmas, self.windows, self.row_of_window = (own.to(sigma.device) for own in (self.row_sigmas, self.windows, self.row_of_window))
-        if sigma.device.type == "cpu" and len(set(sigma.tolist())) == 1:
-            sigma = sigma[:1]  # the whole batch gets one row; elsewhere to know it would be a wait
+        if sigma.device.type == "cpu" and self.off_grid in ("error", "off") and len(values := set(sigma.tolist())) == 1:
+            return (bisect_left(self.bounds, values.pop()),)  # one for the whole batch; elsewhere to know it would be a wait
         rows, sigma = self.row_sigmas, sigma.float()
         if self.off_grid == "nearest":
             return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)

@@ -25,7 +25,7 @@ class Offsets:
 
     def replace(self, table: dict[str, torch.Tensor]) -> None:
         """Another table of the same sites and shapes."""
-        self.table, self._joined = table, None
+        self.table, self._joined, self._alone = table, None, {}
 
     @property
     def trained(self) -> bool:
@@ -39,15 +39,19 @@ class Offsets:
             return
         if isinstance(row, int):
             joined = self._join(CPU)
-            if self.trained or row not in self._alone:
-                self._alone[row] = dict(zip(self.table, joined[row : row + 1].split_with_sizes(self.widths, 1), strict=True))
-            self.current = self._alone[row]
+            self.current = self._alone.get(row) or self._by_site(joined[row : row + 1])
+            if not self.trained:
+                self._alone[row] = self.current
             return
         joined = self._join(row.device)
         mixed = embedding(row, joined)  # as joined[row], but its gradient is summed in one order: training repeats bit for bit
         if other is not None:
             mixed = (1 - share)[:, None] * mixed + share[:, None] * embedding(other, joined)
-        self.current = dict(zip(self.table, mixed.split_with_sizes(self.widths, 1), strict=True))
+        self.current = self._by_site(mixed)
+
+    def _by_site(self, mixed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of [B, ΣD] by path."""
+        return dict(zip(self.table, mixed.split_with_sizes(self.widths, 1), strict=True))
 
     def _join(self, device) -> torch.Tensor:
         """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its tensors."""

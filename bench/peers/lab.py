@@ -16,7 +16,7 @@ class Lab:
 
     def denoise(self, x: torch.Tensor, sigma, batch: Trajectories, told=None) -> torch.Tensor:
         """D(x; σ) [B, …] of a network that is told the noise level `told`: a number or [B], differentiable in x, σ and `told`."""
-        self.spent += len(x) * (2 if torch.is_grad_enabled() else 1) * (1 if float(batch.guidance[0]) == 1 else 2)
+        self.spent += len(x) * (2 if torch.is_grad_enabled() else 1) * branches(batch)
         with telling(self.session.sampling, told):
             return self.session.denoise(x, sigma, batch.item, batch.guidance)
 
@@ -29,6 +29,11 @@ class Lab:
     def middle(self, move: torch.Tensor) -> torch.Tensor:
         """A learned σ between the ends: `move` = its ln relative to √(σ_max·σ_min)."""
         return (self.sigma_max * self.sigma_min) ** 0.5 * move.exp()
+
+
+def branches(batch: Trajectories) -> int:
+    """Network evaluations that one of a picture is: a cfg pair is 2."""
+    return 1 if float(batch.guidance[0]) == 1 else 2
 
 
 @contextmanager

@@ -10,12 +10,13 @@ import torch
 from mteo.tableau import execute
 from mteo.teacher import Trajectories
 
-from ..parts import BATCH, TEACHER_STEPS, named_grids, solver_tableau
+from ..heldout import STEPS
+from ..parts import TEACHER_STEPS, named_grids, solver_tableau
 from . import amed, coefficients, gits, parallel, pas, sfd, v3
-from .lab import Lab
-from .training import error_of, fit
+from .lab import Lab, branches
+from .training import fit, in_batches
 
-STEPS, V3 = 3, "DPM-Solver-v3"
+V3 = "DPM-Solver-v3"
 ANALYTIC = ", analytic"  # the first slope costs nothing (`Lab.first_slope`)
 NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", "EPD" + ANALYTIC, "AMED" + ANALYTIC, "GITS", V3)
 BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
@@ -59,7 +60,7 @@ def start_grid(sampling, name: str, plain: dict[str, dict[str, float]]) -> list[
 
 def teacher_cost(pairs: Trajectories) -> int:
     """Evaluations that the pairs' end points took."""
-    return len(pairs) * TEACHER_STEPS * (1 if float(pairs.guidance[0]) == 1 else 2)
+    return len(pairs) * TEACHER_STEPS * branches(pairs)
 
 
 def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int) -> dict:
@@ -72,8 +73,8 @@ def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, bu
             sigmas = gits.find_grid(lab, pairs.part(slice(0, 256)), STEPS)
             return dict(sigmas=sigmas, learned={}, error=None, rate=None, spent=lab.spent)
         if name == V3:
-            few = pairs.part(slice(0, min(len(pairs), budget * len(pairs) // (2 * teacher * v3.LEVELS // TEACHER_STEPS))))
-            sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, STEPS).values()], error_of)
+            few = pairs.part(slice(0, budget // (2 * v3.LEVELS * branches(pairs))))
+            sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, STEPS).values()])
             return dict(sigmas=sigmas, learned=learned, error=error, rate=None, spent=lab.spent)
         sigmas = start_grid(session.sampling, name, plain)
         peer = method(lab, name, sigmas)
@@ -94,11 +95,6 @@ def ends_of(own, name: str, trained: dict, pairs: Trajectories) -> torch.Tensor:
         return in_batches(pairs, lambda part: peer.sample(trained["learned"], part, part.start))
 
     return own.session(work)
-
-
-@torch.no_grad()
-def in_batches(pairs: Trajectories, sample) -> torch.Tensor:
-    return torch.cat([sample(pairs.part(slice(i, i + BATCH))) for i in range(0, len(pairs), BATCH)])
 
 
 def fine_tune(own, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int) -> dict:

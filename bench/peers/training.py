@@ -4,6 +4,7 @@ import torch
 from mteo.metrics import nrmse
 from mteo.teacher import Trajectories
 
+from ..parts import BATCH
 from .lab import Lab
 
 
@@ -53,10 +54,15 @@ def into_ball(shift: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def error_of(lab: Lab, sample, learned, pairs: Trajectories, batch: int = 64) -> float:
+def in_batches(pairs: Trajectories, sample) -> torch.Tensor:
+    """sample(part) of all pairs, in parts."""
+    return torch.cat([sample(pairs.part(slice(i, i + BATCH))) for i in range(0, len(pairs), BATCH)])
+
+
+@torch.no_grad()
+def error_of(lab: Lab, sample, learned, pairs: Trajectories) -> float:
     """Pooled RMSE ÷ the teacher's spread; a validation is not counted as spent."""
     before = lab.spent
-    parts = [pairs.part(slice(i, i + batch)) for i in range(0, len(pairs), batch)]
-    ends = torch.cat([sample(learned, part, part.start) for part in parts])
+    ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
     lab.spent = before
     return nrmse(ends, pairs.end)["pooled"]

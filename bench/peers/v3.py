@@ -11,10 +11,11 @@ from mteo.schedule import karras
 from mteo.tableau import execute
 from mteo.teacher import Trajectories
 
+from ..parts import BATCH
 from .lab import Lab
+from .training import error_of
 
 LEVELS, POINTS, ORDERS = 40, 33, (1, 2, 3)
-BATCH = 64
 
 
 def statistics(lab: Lab, pairs: Trajectories, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -106,7 +107,7 @@ def sample(lab: Lab, sigmas: list[float], learned: dict[str, torch.Tensor], batc
     return x
 
 
-def train(lab: Lab, pairs: Trajectories, held_out: Trajectories, grids: list[list[float]], error_of) -> tuple[list[float], dict[str, torch.Tensor], float]:
+def train(lab: Lab, pairs: Trajectories, held_out: Trajectories, grids: list[list[float]]) -> tuple[list[float], dict[str, torch.Tensor], float]:
     """(grid, learned, error): the grid and order that do best on the held-out pairs."""
     numbers = statistics(lab, pairs)
     tried = []

@@ -46,14 +46,14 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
         private = private_copy(model)
         for number, cfg in enumerate(recipe.guidance):
             pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
-            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), "euler", tableau)
+            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau)
             patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
             share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, t, q, progress))
             last = list(own["errors"].values())[-1]
             own["errors"]["and offsets, to first order"] = last * (1 - max(share.best, 0.0)) ** 0.5
             diagnosis = Diagnosis(cfg, own["teacher"], own["errors"], share.best, share.sites)
             if embeddings is not None:
-                patched, patch = with_table(private, embeddings)
+                patched, patch = with_table(private, embeddings, recipe.steps)
                 run_session(patched, positives, negative, latent, lambda session, p=patch, d=diagnosis, q=pairs: of_table(session, p, recipe, q, d))
                 diagnosis.achieved = 1 - (diagnosis.table / last) ** 2
             found.append(diagnosis)
@@ -103,14 +103,10 @@ def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagn
     table, denoise = patch.table, denoise_of(session, pairs)
     tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
     patch.offsets.scale = 0.0
-    inner, _ = follow(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, pairs.start, table.sigmas)
+    wanted, _ = follow(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, pairs.start, table.sigmas)
     patch.offsets.scale = 1.0
-    seen = []
-    end = execute(tableau, lambda x, call, sigma: (seen.append((sigma, x)), denoise(x, call, sigma))[1], pairs.start)
-    states = dict(zip(table.sigmas[1:-1], inner.unbind(1), strict=True))
-    for sigma, x in seen:
-        match = next((own for own in states if abs(own / sigma - 1) < 1e-4), None)
-        if match is not None:
-            diagnosis.states[match] = float((x - states[match]).double().square().mean().sqrt()) / spread
+    states, end = follow(tableau, denoise, pairs.start, table.sigmas)
+    errors = (states - wanted).double().square().mean((0, *range(2, states.dim()))).sqrt() / spread
+    diagnosis.states = dict(zip(table.sigmas[1:-1], errors.tolist(), strict=True))
     diagnosis.table = diagnosis.states[0.0] = nrmse(end, pairs.end)["pooled"]
     diagnosis.bands = by_frequency(end, pairs.end)

@@ -84,9 +84,9 @@ def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:
     return sigmas
 
 
-def with_table(private, embeddings: Embeddings):
-    """(the private MODEL with the table on it and no check of schedule or sampler, its Patch)."""
-    patched, _ = apply_embeddings(private, embeddings, off_grid="off")
+def with_table(private, embeddings: Embeddings, steps: int = 0):
+    """(the private MODEL with the table for `steps`, 0 = the file's smallest, on it and no check of schedule or sampler, its Patch)."""
+    patched, _ = apply_embeddings(private, embeddings, steps, off_grid="off")
     return patched, patched.get_attachment(KEY)
 
 

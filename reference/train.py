@@ -1,6 +1,6 @@
-"""Train the reference UNet and its text encoder on scenes made on the fly: python -m reference.train --comfyui PATH
+"""Train a reference model and its text encoder on scenes made on the fly: python -m reference.train --comfyui PATH --model unet|mmdit
 
-ε-prediction on the discrete SD1.x schedule, 10 % of prompts dropped, bfloat16 where the processor has it, EMA of the weights.
+ε-prediction on the discrete SD1.x schedule or flow matching, 10 % of prompts dropped, bfloat16 where the processor has it, EMA of the weights.
 The same command goes on where it was stopped; `run` holds the state, `weights` what ships (float16, ≤ 20 MB).
 """
 import argparse
@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from . import latents, network, scenes
 from .vocabulary import padded
 
 HERE = Path(__file__).parent
+ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}  # on a processor the fused one's backward takes a third of a step
 
 
 @cache
@@ -84,6 +86,17 @@ def noised_for_mmdit(x, generator, centre: float = 0.5):
 NOISED = {"unet": noised_for_unet, "mmdit": noised_for_mmdit}
 
 
+def optimisers_of(model: torch.nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices inside the MMDiT's blocks, AdamW for all else. After 20,000 images Muon's loss is .77 where AdamW's is .88;
+    its rate of 8 times AdamW's is the best of three."""
+    inside = [value for name, value in model.named_parameters() if ".joint_blocks." in name and value.dim() == 2]
+    chosen = {id(value) for value in inside}
+    made = [torch.optim.AdamW([value for value in model.parameters() if id(value) not in chosen], lr=rate, betas=(0.9, 0.99), weight_decay=0.01)]
+    if inside:
+        made.append(torch.optim.Muon(inside, lr=8 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
 def initialise(model: torch.nn.Module) -> None:
     """PyTorch's defaults where ComfyUI leaves memory as it is; the last layer of every residual branch starts at zero."""
     for name, module in model.named_modules():
@@ -123,6 +136,7 @@ def main(arguments=None):
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--warm", type=int, default=20_000, help="images of linear warm-up")
     parser.add_argument("--ship-every", type=int, default=60_000, help="images between two writings of state and weights")
+    parser.add_argument("--compile", action="store_true", help="twice as fast where a C++ compiler is at hand")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
     options = parser.parse_args(arguments)
     options.run = options.run or HERE / "runs" / options.model
@@ -141,11 +155,13 @@ def main(arguments=None):
     state_file, seen, spent = options.run / "state.pt", 0, 0.0
     model = Pair(options.model).to(device).to(memory_format=torch.channels_last)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimisers = optimisers_of(model, options.rate)
+    peaks = [optimiser.param_groups[0]["lr"] for optimiser in optimisers]
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(own)
         average, seen, spent, pca = state["average"], state["seen"], state["spent"], state["pca"]
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch"].cpu())
@@ -159,10 +175,12 @@ def main(arguments=None):
     else:
         pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator), *latents.SHAPES[options.model])
     vae = latents.LinearVAE(pca["basis"])
+    if options.compile:
+        getattr(model, options.model).compile()
     log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
 
     def write():
-        torch.save(dict(model=model.state_dict(), optimiser=optimiser.state_dict(), average=average, seen=seen, spent=spent + time.time() - started,
+        torch.save(dict(model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers], average=average, seen=seen, spent=spent + time.time() - started,
                         pca=pca, generator=generator.get_state(), torch=torch.get_rng_state()), state_file.with_suffix(".new"))
         state_file.with_suffix(".new").replace(state_file)
         shipped = {name: value.half().contiguous().cpu() for name, value in average.items()}
@@ -175,15 +193,17 @@ def main(arguments=None):
         x, tokens = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
         noisy, t, target, weight = NOISED[options.model](x, generator)
         left = 1 - seen / options.images
-        for group in optimiser.param_groups:
-            group["lr"] = options.rate * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
-        with torch.autocast(device, torch.bfloat16):
+        for optimiser, peak in zip(optimisers, peaks, strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = peak * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
+        with torch.autocast(device, torch.bfloat16), sdpa_kernel(ATTENTION[device]):
             predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), tokens.to(device))
         loss = (weight.to(device) * (predicted.float() - target.to(device)).square()).mean()
-        optimiser.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         seen += options.batch
         keep = min(0.9995, 1 - 1 / (1 + (seen / options.batch) / 10))
         with torch.no_grad():
@@ -192,7 +212,7 @@ def main(arguments=None):
         recent.append(float(loss.detach()))
         if len(recent) == 25:
             speed = 25 * options.batch / (time.time() - mark)
-            line = dict(images=seen, loss=round(sum(recent) / 25, 5), rate=group["lr"], images_per_s=round(speed, 1), hours=round((spent + time.time() - started) / 3600, 3))
+            line = dict(images=seen, loss=round(sum(recent) / 25, 5), rate=optimisers[0].param_groups[0]["lr"], images_per_s=round(speed, 1), hours=round((spent + time.time() - started) / 3600, 3))
             log.write(json.dumps(line) + "\n")
             log.flush()
             print(line, flush=True)

@@ -17,9 +17,8 @@ from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .parts import calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .parts import ROOT, calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs
 
-ROOT = Path(__file__).resolve().parent.parent
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
 SAME = ("euler", "ipndm", "dpmpp_2m")
 CFGS, BETWEEN = (1.0, 4.0), 2.5  # a table is trained at the first two
@@ -35,13 +34,15 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--search", type=int, default=128, help="validation pairs that the search for σ and rows looks at")
     parser.add_argument("--pictures", type=int, default=1024, help="training pairs of each cfg, for the tables that are trained here")
     parser.add_argument("--iterations", type=int, default=120, help="optimiser steps of them, for each cfg")
-    parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--table", type=Path, help="default: the model's own")
     parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
     parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
     told = parser.parse_args(arguments)
+    told.table = told.table or table_file(told.model)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
-    folder = ROOT / "runs" / "bench" / f"heldout-{name_of(weights_file('unet'))}-{told.validation}-{told.test}-{told.search}"
-    seen, fresh = parts(1, 1024, False), {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
+    folder = ROOT / "runs" / "bench" / f"heldout-{name_of(weights_file(told.model))}-{told.validation}-{told.test}-{told.search}"
+    seen, fresh = parts(1, 1024, False, told.model), {"validation": parts(2, told.validation, True, told.model), "test": parts(3, told.test, True, told.model)}
     pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs} for split in fresh}
     plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in cfgs}
     free = {cfg: stage(folder, f"free-{cfg:g}", free_rival, fresh["validation"], pairs["validation"][cfg], told.search) for cfg in cfgs}
@@ -90,9 +91,9 @@ def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[flo
 
     def work(session):
         some, more, whole = (calls_of(session, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
-        found = search_grid(some, STEPS, float(session.sampling.sigma_max))
+        found = search_grid(some, STEPS, float(session.sampling.sigma_max), session.flow)
         euler = euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)]))
-        kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS))[1]}
+        kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS, session.flow))[1]}
         return {name: (tableau.sigmas.tolist(), tableau.matrix) for name, tableau in kept.items()}
 
     return own.session(work)
@@ -153,14 +154,14 @@ def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) ->
         result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
     result |= {f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)} for name, values in ratios.items() if name != "same"}
     result |= dict(ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)})
-    result |= dict(validation=told.validation, test=told.test, weights=name_of(weights_file("unet")), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
+    result |= dict(validation=told.validation, test=told.test, weights=name_of(weights_file(told.model)), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
     rows = {f"cfg {cfg:g}": {name: summary(value) for name, value in made.items()} for cfg, made in errors.items()}
     rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{name_of(told.table)}", between, folder, own, shipped, plain)
     training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}
     show(rows, plain)
     whole = result | dict(rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=training)
     (ROOT / "bench" / "results").mkdir(exist_ok=True)
-    (ROOT / "bench" / "results" / "heldout.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (ROOT / "bench" / "results" / f"heldout-{told.model}.json").write_text(json.dumps(whole, indent=1) + "\n")
     return result
 
 

@@ -3,22 +3,24 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import comfy.model_sampling
 import comfy.samplers
 import torch
 
 from mteo.comfyui.session import private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
-from mteo.comfyui.training import karras_of, teacher_tableau, with_table
+from mteo.comfyui.training import karras_of, refined_of, teacher_tableau, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import Plain
-from mteo.schedule import refined
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories, follow
 from reference.objects import make_clip, make_model
 from reference.scenes import draw_names, prompts
 from trainer.comfyui import empty_latent, encode
 
+ROOT = Path(__file__).resolve().parent.parent
 BATCH, TEACHER_STEPS = 64, 24
+SHIFTS = (1.0, 1.7, 6.0)  # SD3's own is 3
 
 
 @dataclass
@@ -39,12 +41,17 @@ class Parts:
             return run_session(private, self.positives, self.negative, self.latent, work)
 
 
-def parts(prompt_seed: int, count: int, unseen_pairs: bool) -> Parts:
-    """The reference UNet with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
+def parts(prompt_seed: int, count: int, unseen_pairs: bool, kind: str = "unet") -> Parts:
+    """The reference model of that kind with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
     with torch.inference_mode():
-        model, clip = make_model(), make_clip()
+        model, clip = make_model(kind), make_clip(kind)
         texts = prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs))
         return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
+
+
+def table_file(kind: str) -> Path:
+    """The table of the reference model that comes with the pack."""
+    return ROOT / "reference" / "tables" / {"unet": "reference-3steps.safetensors", "mmdit": "reference-mmdit-3steps.safetensors"}[kind]
 
 
 def name_of(file: Path) -> str:
@@ -86,7 +93,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
         item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
         start = session.start(session.noise(count, seed), session.sampling.sigma_max)
         denoise = batched(session, Trajectories(start, start[:, :0], start, item, guidance))
-        sigmas = refined(torch.tensor(through), steps, session.sampling.sigma_min) if through else karras_of(session, steps)
+        sigmas = refined_of(session, through, steps) if through else karras_of(session, steps)
         states, end = follow(teacher_tableau(session, sigmas), lambda x, call, sigma: denoise(x, sigma), start, through)
         return Trajectories(start, states, end, item, guidance)
 
@@ -111,16 +118,21 @@ def calls_of(session, pairs: Trajectories) -> Plain:
 
 
 def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:
-    """[steps + 1] σ by name: ComfyUI's schedulers, Align Your Steps, GITS; all start at the model's sigma_max."""
-    from comfy_extras.nodes_align_your_steps import AlignYourStepsScheduler
-    from comfy_extras.nodes_gits import GITSScheduler
-
+    """[steps + 1] σ by name: ComfyUI's schedulers, Align Your Steps and GITS, or for a flow model even steps with a shift of less and of more than its own; all
+    start at the model's sigma_max. A grid that drops a step is left out."""
     grids = {name: comfy.samplers.calculate_sigmas(sampling, name, steps) for name in ("normal", "simple", "karras", "exponential", "sgm_uniform", "beta", "kl_optimal")}
-    grids["AYS"] = AlignYourStepsScheduler.execute("SD1", steps, 1.0).result[0]
-    grids["GITS"] = GITSScheduler.execute(1.20, steps, 1.0).result[0]
+    if isinstance(sampling, comfy.model_sampling.CONST):
+        even = torch.linspace(1, 0, steps + 1)
+        grids |= {f"shift {shift:g}": comfy.model_sampling.time_snr_shift(shift, even) for shift in SHIFTS}
+    else:
+        from comfy_extras.nodes_align_your_steps import AlignYourStepsScheduler
+        from comfy_extras.nodes_gits import GITSScheduler
+
+        grids["AYS"] = AlignYourStepsScheduler.execute("SD1", steps, 1.0).result[0]
+        grids["GITS"] = GITSScheduler.execute(1.20, steps, 1.0).result[0]
     for sigmas in grids.values():
         sigmas[0] = sampling.sigma_max
-    return {name: sigmas.float() for name, sigmas in grids.items()}
+    return {name: sigmas.float() for name, sigmas in grids.items() if len(sigmas) == steps + 1}
 
 
 def solver_tableau(name: str, sigmas: torch.Tensor, sampling) -> Tableau:

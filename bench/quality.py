@@ -17,10 +17,9 @@ from reference.objects import vae_numbers, weights_file
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .heldout import CFGS, STEPS, best_named, free_rival, named
-from .parts import TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, teacher_pairs
+from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs
 from .peers import methods
 
-ROOT = Path(__file__).resolve().parent.parent
 FREE, MTEO, SFD = "plain with free grid and rows, 3", "MTEO, 3", "SFD"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
@@ -34,12 +33,14 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
     parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
     parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
-    parser.add_argument("--table", type=Path, default=ROOT / "reference" / "tables" / "reference-3steps.safetensors")
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--table", type=Path, help="default: the model's own")
     told = parser.parse_args(arguments)
+    told.table = told.table or table_file(told.model)
     told.budgets = sorted({STEPS, *told.budgets})
-    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file('unet'))}-{told.count}-{told.validation}"
-    own, choosing, seen = parts(5, told.count // SEEDS, True), parts(6, told.validation, True), parts(1, 1024, False)
-    judge, embeddings, result = Judge(told.count // SEEDS), load_embeddings(told.table), {}
+    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
+    own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
+    judge, embeddings, result = Judge(told.model, told.count // SEEDS), load_embeddings(told.table), {}
     for cfg in CFGS if told.cfg is None else (told.cfg,):
         sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
@@ -48,8 +49,8 @@ def run(arguments: list[str]) -> dict:
         return {"cfg": told.cfg}
     show(result)
     summary = keys_of(result, told.budgets)
-    out = Path(__file__).parent / "results" / "quality-unet.json"
-    out.write_text(json.dumps(dict(weights=name_of(weights_file("unet")), count=told.count, **summary, rows=result), indent=1) + "\n")
+    out = Path(__file__).parent / "results" / f"quality-{told.model}.json"
+    out.write_text(json.dumps(dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result), indent=1) + "\n")
     return summary
 
 
@@ -87,11 +88,11 @@ def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int 
 class Judge:
     """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, as `against` says. fd is of real scenes' variance."""
 
-    def __init__(self, prompts: int):
-        numbers = vae_numbers("unet")
+    def __init__(self, kind: str, prompts: int):
+        numbers = vae_numbers(kind)
         self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
         sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
-        self.classifier = gate.train_classifier(200_000, sprites, self.vae, numbers, gate.CLASSIFIER)
+        self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
         real = torch.cat([self.pooled(gate.real(500, sprites, self.vae, numbers, generator)[1]) for _ in range(20)])
         self.middle = real.mean(0)

@@ -56,7 +56,7 @@ class Table:
 
 @dataclass
 class Embeddings:
-    """Tables by number of steps; space: "embedding" or "modulation"; model: family, prediction and sampling of the base model;
+    """Tables by number of steps; space: one of sites.SPACES; model: family, prediction and sampling of the base model;
     metadata: more strings for the file's header."""
 
     tables: dict[int, Table]

@@ -8,12 +8,13 @@ import torch
 from scipy.optimize import minimize
 
 from .distill import ridge
-from .schedule import karras
+from .schedule import karras, ratio_of, sigma_of
 from .tableau import Tableau, combine, euler_tableau, with_matrix
 from .teacher import Trajectories
 
 LEVELS = 12  # σ that each inner step may take
-SPREAD = 4.0  # they span the reference grid's σ ÷ SPREAD … × SPREAD
+SPREAD = 4.0  # they span the reference grid's noise ÷ signal ÷ SPREAD … × SPREAD
+TOP, BOTTOM = 20.0, 0.1  # noise ÷ signal at the ends of the reference grid, at most and at least
 LOWEST = 0.03  # no inner σ below this
 
 
@@ -22,11 +23,12 @@ def no_progress(stage: str, done: int, total: int, **facts) -> None:
     A validation of the training brings facts: iteration, loss, held_out, best, picture."""
 
 
-def levels(steps: int, sigma_max: float) -> list[list[float]]:
-    """LEVELS values for each inner step, geometric around a Karras-like grid of ρ = 2 (between sgm_uniform and Karras)."""
-    reference = karras(steps, 0.1, sigma_max, rho=2.0)[1:-1].tolist()
+def levels(steps: int, sigma_max: float, flow: bool = False) -> list[list[float]]:
+    """LEVELS values for each inner step, geometric in noise ÷ signal around a Karras-like grid of ρ = 2 (between sgm_uniform and Karras)."""
+    ends = sigma_of(BOTTOM, flow), min(sigma_of(TOP, flow), sigma_max)
+    reference = ratio_of(karras(steps + 1, *ends, rho=2.0, flow=flow)[1:-2], flow).tolist()
     ramp = torch.linspace(-1, 1, LEVELS, dtype=torch.float64)
-    return [[min(float(sigma * SPREAD**r), 0.95 * sigma_max) for r in ramp] for sigma in reference]
+    return [[min(float(sigma_of(ratio * SPREAD**r, flow)), sigma_of(0.95 * ratio_of(ends[1], flow), flow)) for r in ramp] for ratio in reference]
 
 
 def multistep_row(rows, units: torch.Tensor, sigma, k: int) -> torch.Tensor:
@@ -76,12 +78,12 @@ class Plain:
         return float((columns @ matrix[-1] - target).square().mean().sqrt()), with_matrix(tableau, matrix)
 
 
-def search_grid(plain: Plain, steps: int, sigma_max: float, progress=no_progress) -> Tableau:
+def search_grid(plain: Plain, steps: int, sigma_max: float, flow: bool = False, progress=no_progress) -> Tableau:
     """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more; last row solved."""
-    choices = levels(steps, sigma_max)
+    choices = levels(steps, sigma_max, flow)
 
     def best_of(candidates: list[tuple[float, ...]]) -> tuple[float, ...]:
-        falling = [inner for inner in candidates if all(a > 1.05 * b for a, b in itertools.pairwise(inner))]
+        falling = [inner for inner in candidates if all(ratio_of(a, flow) > 1.05 * ratio_of(b, flow) for a, b in itertools.pairwise(inner))]
         scores = []
         for i, inner in enumerate(falling):
             progress("grid", i, len(falling))
@@ -98,14 +100,14 @@ def search_grid(plain: Plain, steps: int, sigma_max: float, progress=no_progress
     return plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1]
 
 
-def refine(plain: Plain, start: Tableau, trials: int, progress=no_progress) -> Tableau:
+def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False, progress=no_progress) -> Tableau:
     """Inner σ and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
     calls, sigma_max = len(start.sigmas), float(start.sigmas[0])
     places = [(row, column) for row in range(1, calls) for column in range(row + 1)]
     done = itertools.count()
 
     def tableau_of(change) -> Tableau:
-        inner = [float(sigma * 2.0**step) for sigma, step in zip(start.sigmas[1:].tolist(), change[: calls - 1], strict=True)]
+        inner = [float(sigma_of(ratio_of(sigma, flow) * 2.0**step, flow)) for sigma, step in zip(start.sigmas[1:].tolist(), change[: calls - 1], strict=True)]
         tableau = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
         matrix = tableau.matrix.clone()
         for (row, column), value in zip(places, change[calls - 1 :], strict=True):

@@ -3,22 +3,24 @@ import torch
 from torch.nn.functional import embedding
 
 from .errors import MTEOError
-from .sites import SPACES
+from .sites import SPACES, is_gain, width_of
 
 CPU = torch.device("cpu")
+GAIN_UNIT = 0.3  # a row of 1 scales by 1.3: gains are learned in the same steps as offsets, and need smaller ones
 
 
 class Offsets:
     """The table that hooks read, and the offsets in force.
 
     table: site path -> [R, D], all of one R. `select` sets what is added until the next `select`; units are those of the site's
-    tensor. scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit. order [N]: the row (R = none) behind each
+    tensor. scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit. Rows of a normalisation are gains in GAIN_UNIT. order [N]: the row (R = none) behind each
     number that `select` takes; without it the rows themselves.
     """
 
     def __init__(self, table: dict[str, torch.Tensor], order: torch.Tensor | None = None):
         self.table, self.scale, self.order = table, 1.0, order
         self.widths = [rows.shape[1] for rows in table.values()]
+        self.units = torch.cat([torch.full((rows.shape[1],), GAIN_UNIT if is_gain(path) else 1.0) for path, rows in table.items()])
         self.current: dict[str, torch.Tensor] | None = None
         self._joined: tuple | None = None  # (device, scale) and the rows made for them
         self._alone: dict[int, dict[str, torch.Tensor]] = {}  # what each of these is at every site, as far as it was asked for
@@ -58,7 +60,8 @@ class Offsets:
         key = (device, self.scale)
         if self.trained or self._joined is None or self._joined[0] != key:
             rows = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
-            joined = self.scale * torch.cat([rows, torch.zeros_like(rows[:1])])
+            self.units = self.units.to(device)
+            joined = self.scale * self.units * torch.cat([rows, torch.zeros_like(rows[:1])])
             joined = joined if self.order is None else embedding(self.order.to(device), joined)
             if self.trained:
                 return joined
@@ -72,6 +75,13 @@ class Offsets:
             offset = offset.to(tensor.dtype)
         return tensor + (offset if tensor.dim() == 2 else offset[:, None])  # v = e_l(t_k) + Δ[k, l]
 
+    def scaled(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """tensor [B, C, H, W] or [B, T, D] times 1 + the gain of each channel, rounded once to the tensor's dtype; without a gradient in place, as a normalisation's
+        output is nobody else's."""
+        gain = self.current[path].to(tensor.dtype)
+        gain = gain[:, :, None, None] if tensor.dim() == 4 else gain[:, None]
+        return torch.addcmul(tensor, tensor, gain) if torch.is_grad_enabled() else tensor.addcmul_(tensor, gain)
+
 
 def find_modules(network: torch.nn.Module, table: dict[str, torch.Tensor], space: str) -> dict[str, torch.nn.Module]:
     """The module of each site of the table; MTEOError where a path is not in the network or has another width."""
@@ -81,7 +91,7 @@ def find_modules(network: torch.nn.Module, table: dict[str, torch.Tensor], space
     for path, rows in table.items():
         try:
             modules[path] = network.get_submodule(path)
-            width = getattr(modules[path], "in_features" if space == "embedding" else "out_features")
+            width = width_of(path, modules[path], space)
         except AttributeError:
             raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.") from None
         if rows.shape[1:] != (width,):
@@ -99,9 +109,15 @@ def attach(modules: dict[str, torch.nn.Module], offsets: Offsets, space: str) ->
     def after(path):
         return lambda module, arguments, output: None if offsets.current is None else offsets.add(path, output)
 
-    if space == "embedding":
-        return [module.register_forward_pre_hook(before(path)) for path, module in modules.items()]
-    return [module.register_forward_hook(after(path)) for path, module in modules.items()]
+    def gain(path):
+        return lambda module, arguments, output: None if offsets.current is None else offsets.scaled(path, output)
+
+    def hooked(path, module):
+        if is_gain(path):
+            return module.register_forward_hook(gain(path))
+        return module.register_forward_hook(after(path)) if space == "modulation" else module.register_forward_pre_hook(before(path))
+
+    return [hooked(path, module) for path, module in modules.items()]
 
 
 def detach(handles: list) -> None:

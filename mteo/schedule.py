@@ -1,20 +1,34 @@
 """Grids of σ: the teacher's fine grid and where a student's steps lie in it. Named grids are ComfyUI's own."""
 import torch
 
+HIGHEST = 80.0  # noise ÷ signal to which the first step of a flow model goes, from pure noise: Karras' sigma_max
 
-def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> torch.Tensor:
-    """[steps + 1] σ from sigma_max to sigma_min and 0 (Karras et al. 2022, eq. 5)."""
+
+def ratio_of(sigma, flow: bool):
+    """Noise ÷ signal at σ, by which levels of different models compare: σ itself, or σ/(1 − σ) where x = (1 − σ)·picture + σ·noise (flow)."""
+    return sigma / (1 - sigma) if flow else sigma
+
+
+def sigma_of(ratio, flow: bool):
+    """The σ of a ratio of noise to signal."""
+    return ratio / (1 + ratio) if flow else ratio
+
+
+def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, flow: bool = False) -> torch.Tensor:
+    """[steps + 1] σ from sigma_max to sigma_min and 0 (Karras et al. 2022, eq. 5), even in ρ-th roots of noise ÷ signal."""
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)]).float()
+    low, high = (ratio_of(min(sigma, sigma_of(HIGHEST, True)) if flow else sigma, flow) ** (1 / rho) for sigma in (sigma_min, sigma_max))
+    grid = torch.cat([sigma_of((high + ramp * (low - high)) ** rho, flow), torch.zeros(1, dtype=torch.float64)])
+    grid[0] = sigma_max
+    return grid.float()
 
 
-def refined(student: torch.Tensor, steps: int, sigma_min: float) -> torch.Tensor:
+def refined(student: torch.Tensor, steps: int, sigma_min: float, flow: bool = False) -> torch.Tensor:
     """A grid of about `steps` steps that holds every σ of the student's (so that the teacher passes through its states).
 
-    Points of the Karras grid closer than 5 % to one of the student's give way to it.
+    Points of the Karras grid closer than 5 % (of noise ÷ signal) to one of the student's give way to it.
     """
     own = student[student > 0]
-    fine = karras(steps, min(sigma_min, float(own[-1])), float(own[0]))[:-1]
-    apart = ((fine[:, None] / own[None] - 1).abs() > 0.05).all(1)
+    fine = karras(steps, min(sigma_min, float(own[-1])), float(own[0]), flow=flow)[:-1]
+    apart = ((ratio_of(fine[:, None], flow) / ratio_of(own[None], flow) - 1).abs() > 0.05).all(1)  # the first of both are one: ∞/∞ is not apart
     return torch.cat([torch.cat([fine[apart], own]).sort(descending=True).values, torch.zeros(1)])

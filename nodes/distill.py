@@ -76,7 +76,7 @@ class DistillEmbeddings(io.ComfyNode):
 
 def run_folder(model, recipe: Recipe, prompts, negative, size, sampler) -> Path:
     """output/mteo/<name of what is asked for>: the same inputs find it again [18]."""
-    paths = [site.path for site in find_sites(model.model.diffusion_model, recipe.space)]
+    paths = [site.path for site in find_sites(model.model.diffusion_model, "embedding")]
     asked = json.dumps([recipe.facts(), content_hash([prompts, negative]), list(size.shape[1:]), model_fingerprint(model, paths), bool(sampler)], sort_keys=True)
     return Path(folder_paths.get_output_directory()) / "mteo" / f"{recipe.steps}steps-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 

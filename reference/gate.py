@@ -1,7 +1,7 @@
-"""Is the reference model good enough to measure few steps on? python -m reference.gate --comfyui PATH
+"""Is a reference model good enough to measure few steps on? python -m reference.gate --comfyui PATH --model unet|mmdit
 
 A small classifier, trained on scenes that went through the linear VAE, reads the model's pictures; then diversity, copies and the
-best plain 3-step error. Writes gate.json and samples.jpg beside this file. The classifier is kept in `runs/gate`.
+best plain 3-step error. Writes gate-MODEL.json and samples-MODEL.jpg beside this file. The classifier is kept in `runs/gate`.
 """
 import argparse
 import json
@@ -16,9 +16,9 @@ from . import latents, scenes
 from .vocabulary import DRAWINGS
 
 HERE = Path(__file__).parent
-CLASSIFIER = HERE / "runs" / "gate" / "classifier.pt"
 BOUNDS = {"recall": 0.80, "two_seeds": 0.5, "copies": 0.05, "plain_3_steps": 0.20}
 CFGS = (1.0, 4.0)
+PATCH = 8  # pixels on a side of what the classifier sees as one place
 
 
 class Block(torch.nn.Module):
@@ -32,16 +32,18 @@ class Block(torch.nn.Module):
 
 
 class Classifier(torch.nn.Module):
-    """Which drawings a latent [B, 32, 8, 8] (equivalent to its decoded picture) holds: scores [B, drawings]."""
+    """Which drawings a latent [B, C, H, W] (equivalent to its decoded picture, of 8 × 8 patches of 8 pixels) holds: scores [B, drawings]."""
 
-    def __init__(self, width: int = 160):
+    def __init__(self, kind: str, width: int = 160):
         super().__init__()
-        self.first = torch.nn.Conv2d(latents.SHAPES["unet"][1], width, 3, padding=1)
+        patch, channels = latents.SHAPES[kind]
+        self.fold = PATCH // patch
+        self.first = torch.nn.Conv2d(channels * self.fold**2, width, 3, padding=1)
         self.blocks = torch.nn.Sequential(*(Block(width) for _ in range(4)))
         self.last = torch.nn.Linear(2 * width, len(DRAWINGS))
 
     def forward(self, x):
-        x = F.silu(self.blocks(self.first(x)))
+        x = F.silu(self.blocks(self.first(F.pixel_unshuffle(x, self.fold))))
         return self.last(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
 
 
@@ -69,8 +71,8 @@ def recognised(classifier, x: torch.Tensor, names: torch.Tensor) -> dict[str, fl
     return {"recall": float(found.sum() / named.sum()), "whole": float((found == named).float().mean())}
 
 
-def train_classifier(images: int, sprites, vae, pca, path: Path) -> Classifier:
-    classifier = Classifier()
+def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
+    classifier, path = Classifier(kind), HERE / "runs" / "gate" / f"classifier-{kind}.pt"
     if path.is_file():
         classifier.load_state_dict(torch.load(path, weights_only=True))
         return classifier.eval()
@@ -98,6 +100,7 @@ def train_classifier(images: int, sprites, vae, pca, path: Path) -> Classifier:
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui")
+    parser.add_argument("--model", choices=latents.SHAPES, default="unet")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--classifier-images", type=int, default=200_000)
     told = parser.parse_args(arguments)
@@ -110,15 +113,15 @@ def main(arguments=None):
 
     from .objects import make_vae, vae_numbers, weights_file
 
-    pca = vae_numbers("unet")
+    pca = vae_numbers(told.model)
     sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
-    classifier = train_classifier(told.classifier_images, sprites, vae, pca, CLASSIFIER)
+    classifier = train_classifier(told.model, told.classifier_images, sprites, vae, pca)
     names, held_out = real(2048, sprites, vae, pca, generator, unseen_pairs=True)
-    with safe_open(weights_file("unet"), "pt") as file:
+    with safe_open(weights_file(told.model), "pt") as file:
         images = int(file.get_tensor("images"))
     result = {"images": images, "pictures": told.pictures, "classifier_on_real_scenes": recognised(classifier, held_out, names)}
     _, training = real(20_000, sprites, vae, pca, generator)
-    own = parts(21, told.pictures, True)
+    own = parts(21, told.pictures, True, told.model)
     names = scenes.draw_names(told.pictures, torch.Generator().manual_seed(21), True)
     for cfg in CFGS:
         one, two = teacher_pairs(own, told.pictures, cfg, 31), teacher_pairs(own, told.pictures // 4, cfg, 32)
@@ -130,12 +133,12 @@ def main(arguments=None):
         print(f"[gate] cfg {cfg:g}: {result[f'cfg {cfg:g}']}", flush=True)
     judged = [result[f"cfg {cfg:g}"] for cfg in CFGS]
     result["passed"] = {name: all((own[name] <= bound) if name == "copies" else (own[name] >= bound) for own in judged) for name, bound in BOUNDS.items()}
-    (HERE / "gate.json").write_text(json.dumps(result, indent=1) + "\n")
-    few = teacher_pairs(parts(22, 8, True), 32, 4.0, 33).end  # eight prompts, four seeds each
+    (HERE / f"gate-{told.model}.json").write_text(json.dumps(result, indent=1) + "\n")
+    few = teacher_pairs(parts(22, 8, True, told.model), 32, 4.0, 33).end  # eight prompts, four seeds each
     with torch.inference_mode():
-        pictures = make_vae().decode(latents.unscaled(few, pca))
+        pictures = make_vae(told.model).decode(latents.unscaled(few, pca))
     texts = scenes.prompts(scenes.draw_names(8, torch.Generator().manual_seed(22), True))
-    sheet({f"seed {row}": pictures[8 * row : 8 * row + 8] for row in range(4)}, captions=texts).save(HERE / "samples.jpg", quality=92)
+    sheet({f"seed {row}": pictures[8 * row : 8 * row + 8] for row in range(4)}, captions=texts).save(HERE / f"samples-{told.model}.jpg", quality=92)
     print(json.dumps(result))
 
 

@@ -106,6 +106,44 @@ def test_zero_offsets_change_no_bit_and_others_do(space, dtype):
     assert torch.equal(network(emb), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gain_scales_what_a_normalisation_puts_out_with_and_without_a_gradient(dtype):
+    from mteo.injection import GAIN_UNIT
+
+    path = "middle_block.1.transformer_blocks.0.norm2"
+    network = torch.nn.Module()
+    for name in path.split(".")[:-1]:  # modules as ComfyUI's UNet has them
+        network.get_submodule(".".join(path.split(".")[: path.split(".").index(name)])).add_module(name, torch.nn.Module())
+    network.get_submodule(path.rpartition(".")[0]).norm2 = norm = torch.nn.LayerNorm(8).to(dtype)
+    rows, x = torch.zeros(2, 8), torch.randn(3, 5, 8).to(dtype)
+    rows[1] = torch.linspace(-1, 1, 8)
+    offsets = Offsets({path: rows.requires_grad_(True)})
+    attach(find_modules(network, offsets.table, "gains"), offsets, "gains")
+    plain = norm(x)
+    offsets.select(torch.tensor([1, 2, 0]))
+    told = norm(x)
+    assert torch.equal(told[1:], plain[1:]) and torch.allclose(told[0].float(), plain[0].float() * (1 + GAIN_UNIT * rows[1]), atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    told[0].float().sum().backward()
+    assert rows.grad[1].abs().min() > 0 and rows.grad[0].abs().max() == 0
+    with torch.no_grad():
+        assert torch.equal(norm(x), told)
+
+
+def test_grids_of_a_flow_model_compare_by_noise_to_signal():
+    from mteo.gridsearch import levels
+    from mteo.schedule import HIGHEST, karras, ratio_of, refined
+
+    flow, plain = karras(24, 0.003, 1.0, flow=True), karras(24, float(ratio_of(torch.tensor(0.003, dtype=torch.float64), True)), HIGHEST)
+    assert flow[0] == 1 and flow[-1] == 0 and torch.allclose(ratio_of(flow[1:], True), plain[1:], rtol=1e-3)
+    through = refined(torch.tensor([1.0, 0.8, 0.5, 0.0]), 24, 0.003, flow=True)
+    assert through[0] == 1 and (through.diff() < 0).all() and {0.8, 0.5} <= {round(value, 6) for value in through.tolist()}
+    for sigma_max, top, of_flow in ((14.6, 14.6, False), (1.0, 1.0, True)):
+        for steps in (2, 3, 5):
+            made = levels(steps, sigma_max, of_flow)
+            assert len(made) == steps - 1 and all(0 < value < top for inner in made for value in inner)
+            assert all(a[6] > b[6] for a, b in zip(made, made[1:], strict=False))  # their middles fall
+
+
 def test_offsets_get_a_gradient_and_weights_none():
     network = Network().requires_grad_(False)
     table = {site.path: torch.zeros(3, site.width, requires_grad=True) for site in find_sites(network, "embedding")}

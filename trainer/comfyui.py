@@ -6,7 +6,7 @@ import torch
 
 from mteo.errors import MTEOError
 
-REFERENCE = "reference"
+REFERENCE = {"reference": "unet", "reference-mmdit": "mmdit"}
 
 
 def find_root(given: str | None) -> Path:
@@ -31,13 +31,13 @@ def open_comfyui(root: Path) -> None:
 
 
 def load(model: str):
-    """(MODEL, CLIP, VAE) of the pack's reference model or of a checkpoint file."""
-    if model == REFERENCE:
+    """(MODEL, CLIP, VAE) of a reference model of the pack or of a checkpoint file."""
+    if model in REFERENCE:
         from reference.objects import make_clip, make_model, make_vae
 
-        return make_model(), make_clip(), make_vae()
+        return tuple(make(REFERENCE[model]) for make in (make_model, make_clip, make_vae))
     if not Path(model).is_file():
-        raise MTEOError(f'The model {model} is not there: give a checkpoint file, or "{REFERENCE}" for the model of the pack.')
+        raise MTEOError(f"The model {model} is not there: give a checkpoint file, or {' or '.join(REFERENCE)} for a model of the pack.")
     import comfy.sd
 
     return comfy.sd.load_checkpoint_guess_config(model)[:3]

@@ -14,7 +14,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 @dataclass(frozen=True)
 class Run:
-    """model: "reference" or a checkpoint file. prompts: a list, or a text file with one a line. width, height in pixels.
+    """model: "reference", "reference-mmdit" or a checkpoint file. prompts: a list, or a text file with one a line. width, height in pixels.
     folder: the run folder. recipe: see mteo/recipe.py."""
 
     model: str = "reference"

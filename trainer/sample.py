@@ -7,7 +7,7 @@ from .comfyui import empty_latent, encode, find_root, load, open_comfyui
 def add_flags(parser) -> None:
     parser.add_argument("table", help="a .safetensors file of MTEO")
     parser.add_argument("prompt")
-    parser.add_argument("--model", default="reference", help='"reference" or a checkpoint file')
+    parser.add_argument("--model", default="reference", help='"reference", "reference-mmdit" or a checkpoint file')
     parser.add_argument("--negative", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", type=float, default=1.0, help="1 = no guidance")

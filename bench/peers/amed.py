@@ -57,7 +57,7 @@ def step(lab: Lab, learned, batch, x, slope, seen, high, low) -> torch.Tensor:
     levels = torch.stack([torch.as_tensor(high).float().log(), torch.as_tensor(low).float().log()]).expand(len(x), 2)
     answer = silu(torch.cat([seen, levels], 1) @ learned["weight"].T + learned["bias"]) @ learned["out"].T + learned["out_bias"]
     share, direction, told = answer[:, 0].sigmoid(), 1 + SCALE * answer[:, 1].tanh(), 1 + SCALE * answer[:, 2].tanh()
-    between = low**share * high ** (1 - share)
+    between = lab.between(low, high, share)
     wide = lambda value: value.view(-1, *[1] * (x.dim() - 1))
     y = x + wide(between - high) * slope
     middle = (y - lab.denoise(y, between, batch, told * between)) / wide(between)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mteo.gridsearch import multistep_row
+from mteo.schedule import ratio_of, sigma_of
 from mteo.tableau import combine
 from mteo.teacher import Trajectories
 
@@ -41,12 +42,12 @@ def parameters_of(freedom: Freedom, sigmas: list[float]) -> dict[str, torch.Tens
     return {name: zero[name] for name, free in (("grid", freedom.grid), ("rows", freedom.rows != "solver"), ("told", freedom.told)) if free}
 
 
-def table_of(freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[float]) -> tuple[list, list[torch.Tensor], list]:
+def table_of(freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[float], flow: bool = False) -> tuple[list, list[torch.Tensor], list]:
     """(σ of each call, row of each call and of the result [K + 1] over x_T, D_0 … D_{K−1}, σ told: also of a free σ, as the model rounds its own), differentiable in `learned`."""
     steps = len(sigmas) - 1
     grid = [torch.tensor(sigma, dtype=torch.float64) for sigma in sigmas]
     if "grid" in learned:
-        grid[1:-1] = [sigma * move.double().exp() for sigma, move in zip(grid[1:-1], learned["grid"], strict=True)]
+        grid[1:-1] = [sigma_of(ratio_of(sigma, flow) * move.double().exp(), flow) for sigma, move in zip(grid[1:-1], learned["grid"], strict=True)]
     unit = torch.eye(steps + 1, dtype=torch.float64)
     rows, slopes = [unit[0]], []
     for k in range(steps):
@@ -76,7 +77,7 @@ def slope_weights(k: int, steps: int) -> torch.Tensor:
 
 def sample(lab: Lab, freedom: Freedom, sigmas: list[float], learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
     """End points of the starts."""
-    grid, rows, told = table_of(freedom, learned, sigmas)
+    grid, rows, told = table_of(freedom, learned, sigmas, lab.session.flow)
     terms = [start]
     for sigma, row, said in zip(grid, rows, told, strict=False):
         terms.append(lab.denoise(combine(row, terms), sigma.float(), batch, said))

@@ -3,6 +3,7 @@ from contextlib import contextmanager
 
 import torch
 
+from mteo.schedule import HIGHEST, ratio_of, sigma_of
 from mteo.teacher import Trajectories
 
 
@@ -21,14 +22,24 @@ class Lab:
             return self.session.denoise(x, sigma, batch.item, batch.guidance)
 
     def first_slope(self, x: torch.Tensor, batch: Trajectories, analytic: bool) -> torch.Tensor:
-        """d = (x − D)/σ at sigma_max; analytic: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise, which costs no evaluation."""
+        """d = (x − D)/σ at sigma_max; analytic, without an evaluation: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise; x for a
+        flow model, which starts at pure noise, where D is the mean of all pictures, 0."""
         if analytic:
-            return x / (1 + self.sigma_max**2) ** 0.5
+            return x if self.session.flow else x / (1 + self.sigma_max**2) ** 0.5
         return (x - self.denoise(x, self.sigma_max, batch)) / self.sigma_max
 
     def middle(self, move: torch.Tensor) -> torch.Tensor:
-        """A learned σ between the ends: `move` = its ln relative to √(σ_max·σ_min)."""
-        return (self.sigma_max * self.sigma_min) ** 0.5 * move.exp()
+        """A learned σ: `move` = ln of its noise ÷ signal, relative to the geometric middle of the ends'."""
+        return sigma_of((self.ratio(self.sigma_min) * self.ratio(self.sigma_max)) ** 0.5 * move.exp(), self.session.flow)
+
+    def between(self, low, high, share: torch.Tensor) -> torch.Tensor:
+        """The σ whose noise ÷ signal is geometrically between those of low (share 1) and high (share 0)."""
+        return sigma_of(self.ratio(low) ** share * self.ratio(high) ** (1 - share), self.session.flow)
+
+    def ratio(self, sigma) -> torch.Tensor:
+        """Noise ÷ signal at σ, where it is finite."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32)
+        return ratio_of(sigma.clamp_max(sigma_of(HIGHEST, True)), True) if self.session.flow else sigma
 
 
 def branches(batch: Trajectories) -> int:

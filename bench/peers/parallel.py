@@ -1,6 +1,6 @@
 """EPD (arXiv 2507.14797): several evaluations at once inside a long step, at learned places and with learned weights.
 
-From x at σ: d there, then at n places σ_i = σ'^r·σ^(1−r) on the straight line along `direction`·d; the network is told `told`·σ_i; the step
+From x at σ: d there, then at n places `Lab.between` on the straight line along `direction`·d; the network is told `told`·σ_i; the step
 goes along the weighted mean of the slopes found there. Three evaluations are one step of 1 + 2; where the first d is the analytic one
 (`Lab.first_slope`) they are a step of 0 + 2 and a plain one.
 """
@@ -27,7 +27,7 @@ def sample(lab: Lab, analytic: bool, learned: dict[str, torch.Tensor], batch: Tr
     floor = low if analytic else torch.tensor(lab.sigma_min)  # a place needs a σ above 0
     mean = 0
     for place, weight, direction, told in zip(learned["place"].sigmoid(), learned["weight"].softmax(0), learned["direction"].exp(), learned["told"].exp(), strict=True):
-        at = floor**place * sigma ** (1 - place)
+        at = lab.between(floor, sigma, place)
         y = x + (at - sigma) * direction * slope
         mean = mean + weight * (y - lab.denoise(y, at, batch, told * at)) / at
     x = x + (low - sigma) * mean

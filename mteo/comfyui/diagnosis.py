@@ -9,12 +9,11 @@ from ..embeddings import Embeddings
 from ..gridsearch import Plain, no_progress, search_grid
 from ..metrics import by_frequency, nrmse
 from ..recipe import FREE, Recipe
-from ..schedule import refined
 from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
 from .session import Session, private_copy, run_session, training_mode
 from .solver import read_tableau
-from .training import SEARCH, gather, karras_of, named_grid, teacher_tableau, untrained_table, with_table
+from .training import SEARCH, gather, karras_of, named_grid, refined_of, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
 
@@ -78,7 +77,7 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     terms = plain.terms(tableau)
     errors = {f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"], "with a solved last row": root(row_error(terms, pairs.end, tableau))}
     if free:
-        tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), progress)
+        tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
         sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
         errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
     else:
@@ -103,7 +102,7 @@ def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagn
     table, denoise = patch.table, denoise_of(session, pairs)
     tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
     patch.offsets.scale = 0.0
-    wanted, _ = follow(teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min))), denoise, pairs.start, table.sigmas)
+    wanted, _ = follow(teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps)), denoise, pairs.start, table.sigmas)
     patch.offsets.scale = 1.0
     states, end = follow(tableau, denoise, pairs.start, table.sigmas)
     errors = (states - wanted).double().square().mean((0, *range(2, states.dim()))).sqrt() / spread

@@ -8,6 +8,7 @@ import inspect
 from contextlib import contextmanager
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -24,6 +25,7 @@ class Session:
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device = latent, latent.device
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
+        self.flow = isinstance(self.sampling, comfy.model_sampling.CONST)  # x = (1 − σ)·picture + σ·noise
         self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)

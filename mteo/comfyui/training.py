@@ -46,7 +46,7 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
     MTEOError where the folder belongs to another run, or the model, sampler or recipe cannot be distilled.
     """
     with training_mode():
-        sites = find_sites(model.model.diffusion_model, recipe.space)
+        sites = find_sites(model.model.diffusion_model, "embedding")
         about = dict(family=find_family(model.model.diffusion_model), sampling=type(model.get_model_object("model_sampling")).__name__,
                      fingerprint=model_fingerprint(model, [site.path for site in sites]))
         name = recipe.solver if sampler is None else sampler_name(sampler)
@@ -105,9 +105,9 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         pairs = join([gather(session, teacher, None, recipe, number, SEARCH, max(count, 1), prompts, None, progress) for number in range(len(recipe.guidance))])
         plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
         with torch.no_grad():
-            tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), progress)
+            tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
             if recipe.rows == "all":
-                tableau = refine(plain, tableau, 20 * recipe.steps**2, progress)
+                tableau = refine(plain, tableau, 20 * recipe.steps**2, session.flow, progress)
         grid = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)
@@ -121,7 +121,12 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
 
 
 def karras_of(session: Session, steps: int) -> torch.Tensor:
-    return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
+    return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max), flow=session.flow)
+
+
+def refined_of(session: Session, sigmas, steps: int) -> torch.Tensor:
+    """A fine grid through a student's σ."""
+    return refined(torch.as_tensor(sigmas), steps, float(session.sampling.sigma_min), session.flow)
 
 
 def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
@@ -154,7 +159,7 @@ def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, n
 def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, store: "RunFolder", progress) -> Table:
     """The patch's table, trained at the recipe's cfg value of that number, which it then is for."""
     sigmas, total = torch.tensor(patch.table.sigmas), recipe.sequential + recipe.iterations
-    teacher = teacher_tableau(session, refined(sigmas, recipe.teacher_steps, float(session.sampling.sigma_min)))
+    teacher = teacher_tableau(session, refined_of(session, sigmas, recipe.teacher_steps))
     pairs = gather(session, teacher, sigmas, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
     held_out = gather(session, teacher, sigmas, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
 
@@ -201,7 +206,7 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
     """As `compare_model`, at the largest cfg of the recipe, in chunks."""
     table, cfg = patch.table, max(recipe.guidance)
     patch.at(cfg)
-    fine = teacher_tableau(session, refined(torch.tensor(table.sigmas), recipe.teacher_steps, float(session.sampling.sigma_min)))
+    fine = teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps))
     noise, made = session.noise(count, seed), {"teacher": [], "plain": [], "mteo": []}
     for begin in range(0, count, CHUNK):
         item = torch.arange(begin, min(begin + CHUNK, count)) % prompts

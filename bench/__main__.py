@@ -6,7 +6,7 @@ import os
 
 from trainer.comfyui import find_root, open_comfyui
 
-NAMES = ("heldout", "quality", "exactness", "overhead")
+NAMES = ("heldout", "quality", "ablations", "folded", "exactness", "overhead")
 
 
 def main() -> None:

@@ -16,11 +16,13 @@ def run(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench overhead", description=__doc__)
     parser.add_argument("--pairs", type=int, default=80)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--space", default="embedding", help="where the table acts")
     told = parser.parse_args(arguments)
-    own, shuffle = parts(5, 1, True), random.Random(0)
+    own, shuffle = parts(5, 1, True, told.model), random.Random(0)
     with torch.inference_mode():
         sigmas, sampler = named_grids(own.model.get_model_object("model_sampling"), 3)["sgm_uniform"], comfy.samplers.sampler_object("euler")
-        patched, _ = apply_embeddings(own.model, table_of(own, "euler", sigmas, 0.1))
+        patched, _ = apply_embeddings(own.model, table_of(own, "euler", sigmas, 0.1, told.space))
 
         def seconds(model) -> float:
             latent(own, sampler, sigmas, 4.0, 1, model)  # neither ComfyUI's switch from one clone to another nor the check that a new schedule gets once is timed

@@ -78,7 +78,7 @@ def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
         return classifier.eval()
     batch, generator = 128, torch.Generator().manual_seed(11)
     torch.manual_seed(0)
-    classifier = Classifier()
+    classifier = Classifier(kind)
     optimiser = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=images // batch)
     for step in range(images // batch):

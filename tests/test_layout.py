@@ -64,7 +64,7 @@ def test_the_archive_is_what_running_the_nodes_needs(shipped):
     tops = {name.split("/")[0] for name in shipped}
     assert {"__init__.py", "nodes", "mteo", "trainer", "reference", "workflows", "web", "README.md", "LICENSE", "pyproject.toml"} <= tops
     assert not tops & {"dev.py", "tests", "bench", "docs", ".ci"}
-    assert sum((ROOT / name).stat().st_size for name in shipped) < 30_000_000
+    assert sum((ROOT / name).stat().st_size for name in shipped) < 40_000_000
     risky = re.compile(r"\b(eval|exec|compile|__import__)\(|subprocess|os\.(system|environ)|import_module|read_bytes|base64|pickle|marshal|urllib|requests|socket")
     for name in (name for name in shipped if name.endswith(".py")):
         found = [line for line in (ROOT / name).read_text().splitlines() if risky.search(line) and "re.compile" not in line]

@@ -1,0 +1,84 @@
+"""What each choice of the recipe is worth: the same pairs, the same start, the same number of optimiser steps; error on unseen noise and prompts.
+
+All start from the plain model's searched σ and coefficients. Differences of a few per cent of two variants are within what another seed gives.
+"""
+import argparse
+import json
+from dataclasses import replace
+
+import torch
+
+from mteo.comfyui.training import trained, untrained_table
+from mteo.embeddings import Embeddings, Table
+from mteo.metrics import nrmse
+from mteo.recipe import Recipe
+from mteo.sites import find_sites
+from mteo.tableau import Tableau, euler_tableau, with_matrix
+from mteo.teacher import Trajectories
+from reference.objects import weights_file
+
+from .heldout import STEPS, free_rival
+from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, parts, stage, teacher_pairs
+
+VARIANTS = {
+    "as the recipe": {},
+    "offsets on what the projection puts out": dict(space="modulation"),
+    "gains of normalisations beside": dict(space="gains"),
+    "last row only": dict(rows="last"),
+    "no row": dict(rows="solver"),
+    "first third step by step (stage A)": dict(sequential=1 / 3, iterations=2 / 3),
+    "rate × 3": dict(rate=0.03),
+    "rate ÷ 3": dict(rate=0.003),
+    "half the batch, twice the steps": dict(batch=24, iterations=2),
+    "twice the batch, half the steps": dict(batch=96, iterations=1 / 2),
+    "no average": dict(average=0.0),
+}
+
+
+def run(arguments: list[str]) -> dict:
+    parser = argparse.ArgumentParser(prog="python -m bench ablations", description=__doc__)
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--cfg", type=float, default=1.0)
+    parser.add_argument("--pictures", type=int, default=512, help="training pairs")
+    parser.add_argument("--iterations", type=int, default=60, help="optimiser steps of batch 48, or as many pictures in other batches")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants only; the file keeps what it had of the others")
+    told = parser.parse_args(arguments)
+    folder = ROOT / "runs" / "bench" / f"ablations-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}"
+    seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
+    held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, "test", teacher_pairs, fresh, 512, told.cfg, 1004)
+    sigmas, matrix = stage(folder, "free", free_rival, seen, held_out, 64)["grid, all rows"]
+    start = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
+    train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.sigmas.tolist()))
+    base = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), iterations=told.iterations)
+    out = ROOT / "bench" / "results" / f"ablations-{told.model}-cfg{told.cfg:g}.json"
+    rows = json.loads(out.read_text())["rows"] if told.only and out.is_file() else {}
+    rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
+    for name in told.only or VARIANTS:
+        if VARIANTS[name].get("space") == "gains" and find_sites(seen.model.model.diffusion_model, "gains") == find_sites(seen.model.model.diffusion_model, "embedding"):
+            continue  # no gains in this family
+        made = [stage(folder, f"{name}-{told.iterations}-{seed}", table_of, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
+        rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test) | {"loss": made[0].tables[STEPS].record["log"][-1]["loss"]}
+        print(f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in rows[name].items()), flush=True)
+    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)
+    out.write_text(json.dumps(result | {"rows": {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}}, indent=1) + "\n")
+    return result | {"pooled": {name: round(row["pooled"], 4) for name, row in rows.items()}}
+
+
+def changed(base: Recipe, told: dict) -> Recipe:
+    """The recipe with other values; sequential and iterations are told as shares of the base's iterations."""
+    return replace(base, **{name: round(value * base.iterations) if name in ("sequential", "iterations") else value for name, value in told.items()})
+
+
+def table_of(seen, recipe: Recipe, start: Tableau, train: Trajectories, held_out: Trajectories) -> Embeddings:
+    """A table trained on the pairs; its rows start at the plain model's best, whatever of them is learned."""
+    sampling, grid = seen.model.get_model_object("model_sampling"), torch.cat([start.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+    table: Table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, grid, "euler", start)
+    made = seen.session(lambda session: trained(session, session.patch, recipe, recipe.guidance[0], train, held_out, None, lambda state, line: None), Embeddings({STEPS: table}, recipe.space))
+    return Embeddings({STEPS: made}, recipe.space)
+
+
+def errors_of(ends: list[torch.Tensor], pairs: Trajectories) -> dict[str, float]:
+    """nRMSE, the mean over seeds."""
+    all_of = [nrmse(one, pairs.end) for one in ends]
+    return {name: sum(one[name] for one in all_of) / len(all_of) for name in all_of[0]}

@@ -8,17 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from mteo.comfyui.training import trained, untrained_table
-from mteo.embeddings import Embeddings, Table
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
 from mteo.sites import find_sites
-from mteo.tableau import Tableau, euler_tableau, with_matrix
+from mteo.tableau import euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .heldout import STEPS, free_rival
-from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, parts, stage, teacher_pairs
+from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, name_of, parts, stage, teacher_pairs, train_embeddings, write_result
 
 VARIANTS = {
     "as the recipe": {},
@@ -42,7 +40,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--pictures", type=int, default=512, help="training pairs")
     parser.add_argument("--iterations", type=int, default=60, help="optimiser steps of batch 48, or as many pictures in other batches")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants only; the file keeps what it had of the others")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="these variants only; the file keeps the others of the same weights and numbers")
     told = parser.parse_args(arguments)
     folder = ROOT / "runs" / "bench" / f"ablations-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
@@ -51,17 +49,16 @@ def run(arguments: list[str]) -> dict:
     start = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
     train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.sigmas.tolist()))
     base = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), iterations=told.iterations)
-    out = ROOT / "bench" / "results" / f"ablations-{told.model}-cfg{told.cfg:g}.json"
-    rows = json.loads(out.read_text())["rows"] if told.only and out.is_file() else {}
+    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)
+    rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}
     rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
     for name in told.only or VARIANTS:
         if VARIANTS[name].get("space") == "gains" and find_sites(seen.model.model.diffusion_model, "gains") == find_sites(seen.model.model.diffusion_model, "embedding"):
             continue  # no gains in this family
-        made = [stage(folder, f"{name}-{told.iterations}-{seed}", table_of, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
+        made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
         rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test) | {"loss": made[0].tables[STEPS].record["log"][-1]["loss"]}
         print(f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in rows[name].items()), flush=True)
-    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)
-    out.write_text(json.dumps(result | {"rows": {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}}, indent=1) + "\n")
+    write_result(f"ablations-{told.model}-cfg{told.cfg:g}", result | {"rows": {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}})
     return result | {"pooled": {name: round(row["pooled"], 4) for name, row in rows.items()}}
 
 
@@ -70,12 +67,11 @@ def changed(base: Recipe, told: dict) -> Recipe:
     return replace(base, **{name: round(value * base.iterations) if name in ("sequential", "iterations") else value for name, value in told.items()})
 
 
-def table_of(seen, recipe: Recipe, start: Tableau, train: Trajectories, held_out: Trajectories) -> Embeddings:
-    """A table trained on the pairs; its rows start at the plain model's best, whatever of them is learned."""
-    sampling, grid = seen.model.get_model_object("model_sampling"), torch.cat([start.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
-    table: Table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, grid, "euler", start)
-    made = seen.session(lambda session: trained(session, session.patch, recipe, recipe.guidance[0], train, held_out, None, lambda state, line: None), Embeddings({STEPS: table}, recipe.space))
-    return Embeddings({STEPS: made}, recipe.space)
+def rows_before(name: str, about: dict) -> dict:
+    """What an earlier run wrote, if it was of the same weights and numbers."""
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before["rows"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 def errors_of(ends: list[torch.Tensor], pairs: Trajectories) -> dict[str, float]:

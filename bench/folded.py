@@ -4,12 +4,10 @@ It has six single evaluations where the shipped table has three pairs. Before th
 the share of E|D_cfg − D_cond|², cross-fitted, on the teacher's own states.
 """
 import argparse
-import json
 from dataclasses import replace
 
 import torch
 
-from mteo.comfyui.training import trained, untrained_table
 from mteo.diagnose import offsets_share
 from mteo.embeddings import Embeddings, load_embeddings
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
@@ -18,7 +16,7 @@ from mteo.tableau import euler_tableau
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, named_grids, parts, stage, table_file, teacher_pairs
+from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, named_grids, parts, stage, table_file, teacher_pairs, train_embeddings, untrained, write_result
 
 STEPS, SHARE_PAIRS = 6, 64
 
@@ -37,14 +35,11 @@ def run(arguments: list[str]) -> dict:
     through = tuple(grid.tolist())
     train, held_out = (stage(folder, name, teacher_pairs, seen, count, told.cfg, seed, TEACHER_STEPS, through) for name, count, seed in (("train", told.pictures, 1), ("held-out", 128, 2)))
     test = stage(folder, "test", teacher_pairs, fresh, 512, told.cfg, 1004)
-    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), told.space, grid, "euler", euler_tableau(grid))
-    zero = Embeddings({STEPS: table}, told.space)
-    shares = stage(folder, f"shares-{told.space}", guidance_shares, seen, zero, train.part(slice(0, SHARE_PAIRS)))
-    recipe = Recipe(steps=STEPS, rows="all", space=told.space, guidance=(1.0,), iterations=told.iterations)
-    folded = stage(folder, f"table-{told.space}-{told.iterations}", lambda: Embeddings({STEPS: seen.session(lambda session: trained(
-        session, session.patch, recipe, 1.0, single(train), single(held_out), None, lambda state, line: None), zero)}, told.space))
+    recipe, plain = Recipe(steps=STEPS, rows="all", space=told.space, guidance=(1.0,), iterations=told.iterations), euler_tableau(grid)
+    shares = stage(folder, f"shares-{told.space}", guidance_shares, seen, untrained(seen, recipe, plain), train.part(slice(0, SHARE_PAIRS)))
+    folded = stage(folder, f"table-{told.space}-{told.iterations}", train_embeddings, seen, recipe, plain, single(train), single(held_out))
     pairs = load_embeddings(table_file(told.model))
-    rows = {"one evaluation a step, no offsets, 6": ends_of(fresh, single(test), table.tableau), "folded, 6": ends_of(fresh, single(test), folded.tables[STEPS].tableau_at(1.0), folded),
+    rows = {"one evaluation a step, no offsets, 6": ends_of(fresh, single(test), plain), "folded, 6": ends_of(fresh, single(test), folded.tables[STEPS].tableau_at(1.0), folded),
             "the shipped table, 3 pairs": ends_of(fresh, test, pairs.tables[3].tableau_at(told.cfg), pairs)}
     errors = {name: nrmse(ends, test.end) for name, ends in rows.items()}
     for name, error in errors.items():
@@ -52,7 +47,7 @@ def run(arguments: list[str]) -> dict:
     ratio = paired_bootstrap_ratio(*(per_picture(rows[name], test.end) for name in ("folded, 6", "the shipped table, 3 pairs")))
     result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), folded_vs_pairs=round(ratio[0], 4), folded_vs_pairs_low=round(ratio[1], 4),
                   folded_vs_pairs_high=round(ratio[2], 4), share_of_guidance={f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()})
-    (ROOT / "bench" / "results" / f"folded-{told.model}.json").write_text(json.dumps(result | {"rows": errors}, indent=1) + "\n")
+    write_result(f"folded-{told.model}", result | {"rows": errors})
     return result
 
 

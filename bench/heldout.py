@@ -3,12 +3,11 @@
 Solver, grid, σ and stopping are chosen on validation pairs, figures are of test pairs: RMSE to the 24-step teacher ÷ its spread.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
-from mteo.comfyui.training import joined, trained, untrained_table
+from mteo.comfyui.training import joined
 from mteo.embeddings import Embeddings, load_embeddings
 from mteo.gridsearch import refine, search_grid
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
@@ -17,7 +16,7 @@ from mteo.tableau import combine, euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .parts import ROOT, calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs
+from .parts import ROOT, calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs, train_embeddings, write_result
 
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
 SAME = ("euler", "ipndm", "dpmpp_2m")
@@ -104,14 +103,12 @@ def train_table(seen, solver: str, grid: str, rows: str, train: Trajectories, he
     cfg = float(train.guidance[0])
     recipe = Recipe(steps=STEPS, solver=solver, grid=grid, rows=rows, guidance=(cfg,), iterations=iterations)
     sampling = seen.model.get_model_object("model_sampling")
-    sigmas = named_grids(sampling, STEPS)[grid]
-    table = untrained_table(seen.model.model.diffusion_model, sampling, recipe.space, sigmas, solver, solver_tableau(solver, sigmas, sampling))
 
     def tell(state, line):
         if line:
             print(f"[bench] {solver}/{grid} {rows}, cfg {cfg:g}: {line}", flush=True)
 
-    return seen.session(lambda session: trained(session, session.patch, recipe, cfg, train, held_out, None, tell), Embeddings({STEPS: table}, recipe.space))
+    return train_embeddings(seen, recipe, solver_tableau(solver, named_grids(sampling, STEPS)[grid], sampling), train, held_out, tell).tables[STEPS]
 
 
 def test_errors(own, pairs: Trajectories, tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
@@ -160,8 +157,7 @@ def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) ->
     training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}
     show(rows, plain)
     whole = result | dict(rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=training)
-    (ROOT / "bench" / "results").mkdir(exist_ok=True)
-    (ROOT / "bench" / "results" / f"heldout-{told.model}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    write_result(f"heldout-{told.model}", whole)
     return result
 
 

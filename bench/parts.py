@@ -1,5 +1,6 @@
 """What the benches share: the reference model with prompts, teacher pairs, and samplers run as tables with their calls remembered."""
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 
-from mteo.comfyui.session import private_copy, run_session, training_mode
+from mteo.comfyui.session import is_flow, private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
-from mteo.comfyui.training import karras_of, refined_of, teacher_tableau, with_table
+from mteo.comfyui.training import karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import Plain
+from mteo.recipe import Recipe
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories, follow
 from reference.objects import make_clip, make_model
@@ -19,6 +21,7 @@ from reference.scenes import draw_names, prompts
 from trainer.comfyui import empty_latent, encode
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
 BATCH, TEACHER_STEPS = 64, 24
 SHIFTS = (1.0, 1.7, 6.0)  # SD3's own is 3
 
@@ -64,6 +67,12 @@ def name_of_tensor(values: torch.Tensor) -> str:
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]
 
 
+def write_result(name: str, value: dict) -> None:
+    """bench/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+
+
 def stage(folder: Path, name: str, make, *arguments):
     """make(*arguments), or what an earlier run of the same stage wrote."""
     path = folder / f"{name}.pt"
@@ -100,6 +109,20 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
     return own.session(work)
 
 
+def untrained(seen: Parts, recipe: Recipe, tableau: Tableau) -> Embeddings:
+    """Zero offsets for a solver's table; the recipe says of how many steps and where they act."""
+    sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, sigmas, recipe.solver, tableau)
+    return Embeddings({recipe.steps: table}, recipe.space)
+
+
+def train_embeddings(seen: Parts, recipe: Recipe, tableau: Tableau, train: Trajectories, held_out: Trajectories, tell=lambda state, line: None) -> Embeddings:
+    """A table trained from zero offsets on pairs of the recipe's one cfg."""
+    zero = untrained(seen, recipe, tableau)
+    table = seen.session(lambda session: trained(session, session.patch, recipe, recipe.guidance[0], train, held_out, None, tell), zero)
+    return Embeddings({recipe.steps: table}, recipe.space)
+
+
 def ends_of(own: Parts, pairs: Trajectories, tableau: Tableau, embeddings: Embeddings | None = None) -> torch.Tensor:
     """End points of the pairs' starts by a solver's table, with a table of embeddings on the model where one is given."""
 
@@ -121,7 +144,7 @@ def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:
     """[steps + 1] σ by name: ComfyUI's schedulers, Align Your Steps and GITS, or for a flow model even steps with a shift of less and of more than its own; all
     start at the model's sigma_max. A grid that drops a step is left out."""
     grids = {name: comfy.samplers.calculate_sigmas(sampling, name, steps) for name in ("normal", "simple", "karras", "exponential", "sgm_uniform", "beta", "kl_optimal")}
-    if isinstance(sampling, comfy.model_sampling.CONST):
+    if is_flow(sampling):
         even = torch.linspace(1, 0, steps + 1)
         grids |= {f"shift {shift:g}": comfy.model_sampling.time_snr_shift(shift, even) for shift in SHIFTS}
     else:

@@ -4,7 +4,6 @@ The sets that are compared have other noise than the teacher's (but for the erro
 distance to itself is the floor: only what is above it counts (traps 35). Pictures of one prompt by several seeds show diversity.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from reference.objects import vae_numbers, weights_file
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .heldout import CFGS, STEPS, best_named, free_rival, named
-from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs
+from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs, write_result
 from .peers import methods
 
 FREE, MTEO, SFD = "plain with free grid and rows, 3", "MTEO, 3", "SFD"
@@ -49,8 +48,7 @@ def run(arguments: list[str]) -> dict:
         return {"cfg": told.cfg}
     show(result)
     summary = keys_of(result, told.budgets)
-    out = Path(__file__).parent / "results" / f"quality-{told.model}.json"
-    out.write_text(json.dumps(dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result), indent=1) + "\n")
+    write_result(f"quality-{told.model}", dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
     return summary
 
 

@@ -19,6 +19,11 @@ from ..errors import MTEOError
 from .conditions import normal, stack, stackable
 
 
+def is_flow(sampling) -> bool:
+    """Whether the model's x is (1 − σ)·picture + σ·noise."""
+    return isinstance(sampling, comfy.model_sampling.CONST)
+
+
 class Session:
     """What `work` gets: the device, the model's sampling and network, and `denoise`."""
 
@@ -26,7 +31,7 @@ class Session:
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device = latent, latent.device
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
-        self.flow = isinstance(self.sampling, comfy.model_sampling.CONST)  # x = (1 − σ)·picture + σ·noise
+        self.flow = is_flow(self.sampling)
         self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)

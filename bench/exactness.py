@@ -10,6 +10,7 @@ from mteo.comfyui.patch import apply_embeddings, remove_embeddings
 from mteo.comfyui.solver import read_tableau, tableau_sampler
 from mteo.comfyui.training import untrained_table
 from mteo.embeddings import Embeddings
+from mteo.recipe import Recipe
 from mteo.tableau import combine
 
 from .parts import named_grids, parts
@@ -21,7 +22,7 @@ SOLVERS = ("euler", "heun", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_p
 def run(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench exactness", description=__doc__)
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
-    parser.add_argument("--space", default="embedding", help="where the tables act")
+    parser.add_argument("--space", default=Recipe().space, help="where the tables act")
     told = parser.parse_args(arguments)
     own, failures, cases = parts(5, 1, True, told.model), [], 0
     with torch.inference_mode():
@@ -48,7 +49,7 @@ def latent(own, sampler, sigmas, cfg, batch=1, model=None, callback=None, full=T
     return comfy.sample.sample_custom(model or own.model, noise, cfg, sampler, sigmas.clone(), own.positives[0], own.negative, start, callback=callback, disable_pbar=True, seed=3)
 
 
-def table_of(own, solver: str, sigmas, fill: float, space: str = "embedding") -> Embeddings:
+def table_of(own, solver: str, sigmas, fill: float, space: str) -> Embeddings:
     sampling = own.model.get_model_object("model_sampling")
     tableau = read_tableau(comfy.samplers.sampler_object(solver), sigmas, sampling, solver)
     table = untrained_table(own.model.model.diffusion_model, sampling, space, sigmas, solver, tableau)

@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--cfg", type=float, default=4.0, help="the guidance to fold; the shipped table is its rival")
     parser.add_argument("--pictures", type=int, default=512, help="training pairs")
     parser.add_argument("--iterations", type=int, default=80)
-    parser.add_argument("--space", default="embedding")
+    parser.add_argument("--space", default=Recipe().space)
     told = parser.parse_args(arguments)
     folder = ROOT / "runs" / "bench" / f"folded-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)

@@ -7,6 +7,7 @@ import comfy.samplers
 import torch
 
 from mteo.comfyui.patch import apply_embeddings
+from mteo.recipe import Recipe
 
 from .exactness import latent, table_of
 from .parts import named_grids, parts
@@ -17,7 +18,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--pairs", type=int, default=80)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
-    parser.add_argument("--space", default="embedding", help="where the table acts")
+    parser.add_argument("--space", default=Recipe().space, help="where the table acts")
     told = parser.parse_args(arguments)
     own, shuffle = parts(5, 1, True, told.model), random.Random(0)
     with torch.inference_mode():

@@ -3,6 +3,7 @@
 It is where a table with grid "free" starts from, and the honest rival that a table has to beat.
 """
 import itertools
+import math
 
 import torch
 from scipy.optimize import minimize
@@ -78,8 +79,9 @@ class Plain:
         return float((columns @ matrix[-1] - target).square().mean().sqrt()), with_matrix(tableau, matrix)
 
 
-def search_grid(plain: Plain, steps: int, sigma_max: float, flow: bool = False, progress=no_progress) -> Tableau:
-    """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more; last row solved."""
+def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress) -> list[Tableau]:
+    """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more. Several plains, one for each cfg value, get one grid: the one with the least
+    product of their errors, so that a cfg with large errors does not decide alone. Last rows solved, for each plain its own."""
     choices = levels(steps, sigma_max, flow)
 
     def best_of(candidates: list[tuple[float, ...]]) -> tuple[float, ...]:
@@ -87,7 +89,7 @@ def search_grid(plain: Plain, steps: int, sigma_max: float, flow: bool = False, 
         scores = []
         for i, inner in enumerate(falling):
             progress("grid", i, len(falling))
-            scores.append((plain.solved(multistep_tableau(torch.tensor([sigma_max, *inner, 0.0])))[0], inner))
+            scores.append((math.prod(plain.solved(multistep_tableau(torch.tensor([sigma_max, *inner, 0.0])))[0] for plain in plains), inner))
         return min(scores)[1]
 
     if steps <= 3:
@@ -97,20 +99,22 @@ def search_grid(plain: Plain, steps: int, sigma_max: float, flow: bool = False, 
         for _ in range(2):
             for i in range(len(best)):
                 best = best_of([(*best[:i], value, *best[i + 1 :]) for value in choices[i]] + [best])
-    return plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1]
+    return [plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1] for plain in plains]
 
 
-def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False, progress=no_progress) -> Tableau:
-    """Inner σ and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
+def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False, progress=no_progress, keep_sigmas: bool = False) -> Tableau:
+    """Inner σ (unless kept) and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
     calls, sigma_max = len(start.sigmas), float(start.sigmas[0])
+    moved = 0 if keep_sigmas else calls - 1
     places = [(row, column) for row in range(1, calls) for column in range(row + 1)]
     done = itertools.count()
 
     def tableau_of(change) -> Tableau:
-        inner = [float(sigma_of(ratio_of(sigma, flow) * 2.0**step, flow)) for sigma, step in zip(start.sigmas[1:].tolist(), change[: calls - 1], strict=True)]
+        steps = change[:moved] if moved else [0.0] * (calls - 1)
+        inner = [float(sigma_of(ratio_of(sigma, flow) * 2.0**step, flow)) for sigma, step in zip(start.sigmas[1:].tolist(), steps, strict=True)]
         tableau = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
         matrix = tableau.matrix.clone()
-        for (row, column), value in zip(places, change[calls - 1 :], strict=True):
+        for (row, column), value in zip(places, change[moved:], strict=True):
             matrix[row, column] += value / (sigma_max if column == 0 else 1.0)
         matrix[-1] = start.matrix[-1]
         return with_matrix(tableau, matrix)
@@ -123,7 +127,7 @@ def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False, progre
             return 1e3
         return plain.solved(tableau)[0]
 
-    size = calls - 1 + len(places)
+    size = moved + len(places)
     simplex = [[0.0] * size] + [[0.2 * (i == j) for j in range(size)] for i in range(size)]
     found = minimize(error, simplex[0], method="Nelder-Mead", options=dict(maxfev=trials, initial_simplex=simplex, xatol=1e-3, fatol=1e-5))
     return plain.solved(tableau_of(found.x))[1]

@@ -21,7 +21,7 @@ class Recipe:
     solver: str = "euler"
     grid: str = "sgm_uniform"
     rows: str = "last"
-    space: str = "embedding"
+    space: str = "gains"
     guidance: tuple[float, ...] = (1.0,)
     pictures: int = 256
     held_out: int = 64

@@ -116,13 +116,20 @@ def initialise(model: torch.nn.Module) -> None:
 
 
 def batch_of(count, sprites, vae, pca, drop, generator):
-    """Latents [B, C, H, W] of unit-like scale and tokens [B, LENGTH]; a share `drop` of the prompts is empty."""
+    """Latents [B, C, H, W] of unit-like scale, tokens [B, LENGTH] and [B] whether the prompt is empty, as a share `drop` of them is."""
     names = scenes.draw_names(count, generator)
     raw = vae.encode(scenes.compose(names, sprites, generator))
     texts = scenes.prompts(names)
     dropped = torch.rand(count, generator=generator) < drop
     tokens = torch.tensor([padded("" if gone else text) for text, gone in zip(texts, dropped.tolist(), strict=True)])
-    return latents.scaled(raw, pca), tokens
+    return latents.scaled(raw, pca), tokens, dropped
+
+
+def guided(target, predicted, without, dropped, scale: float):
+    """The target that a network with guidance inside learns (model guidance, arXiv 2502.12154): where there is a prompt, target + (1 − 1/scale)·(its own answer
+    − that to an empty prompt). At rest the answer is then what cfg `scale` made of the network before."""
+    share = (1 - 1 / scale) * (~dropped).float().view(-1, 1, 1, 1)
+    return target + share * (predicted.detach().float() - without.float()).to(target.device)
 
 
 def main(arguments=None):
@@ -136,6 +143,7 @@ def main(arguments=None):
     parser.add_argument("--rate", type=float, default=5e-4, help="peak learning rate")
     parser.add_argument("--warm", type=int, default=20_000, help="images of linear warm-up")
     parser.add_argument("--ship-every", type=int, default=60_000, help="images between two writings of state and weights")
+    parser.add_argument("--guidance", type=float, default=1.0, help="cfg that the answer to a prompt has in it when it is trained; 1: none")
     parser.add_argument("--compile", action="store_true", help="twice as fast where a C++ compiler is at hand")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
     options = parser.parse_args(arguments)
@@ -174,7 +182,7 @@ def main(arguments=None):
         average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     else:
         pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator), *latents.SHAPES[options.model])
-    vae = latents.LinearVAE(pca["basis"])
+    vae, empty = latents.LinearVAE(pca["basis"]), torch.tensor([padded("")])
     if options.compile:
         getattr(model, options.model).compile()
     log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
@@ -190,14 +198,18 @@ def main(arguments=None):
         shutil.copy(options.run / "log.jsonl", options.weights.with_suffix(".log.jsonl"))
 
     while seen < options.images and time.time() - started < 60 * options.minutes:
-        x, tokens = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
+        x, tokens, dropped = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
         noisy, t, target, weight = NOISED[options.model](x, generator)
         left = 1 - seen / options.images
         for optimiser, peak in zip(optimisers, peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
         with torch.autocast(device, torch.bfloat16), sdpa_kernel(ATTENTION[device]):
-            predicted = model(noisy.to(device, memory_format=torch.channels_last), t.to(device), tokens.to(device))
+            told = noisy.to(device, memory_format=torch.channels_last), t.to(device)
+            predicted = model(*told, tokens.to(device))
+            if options.guidance != 1:
+                with torch.no_grad():
+                    target = guided(target, predicted, model(*told, empty.expand_as(tokens).to(device)), dropped, options.guidance)
         loss = (weight.to(device) * (predicted.float() - target.to(device)).square()).mean()
         model.zero_grad(set_to_none=True)
         loss.backward()

@@ -365,3 +365,14 @@ def test_a_reference_network_of_either_kind_has_its_sites_and_a_gradient(comfyui
         assert answer.shape == target.shape and len(find_sites(getattr(pair, kind), "embedding")) == sites
         (weight * (answer - target).square()).mean().backward()
         assert any(value.grad is not None and value.grad.abs().max() > 0 for value in getattr(pair, kind).parameters())
+
+
+def test_training_with_guidance_inside_comes_to_rest_at_that_cfg(comfyui_root):
+    """The answer follows its own target: it then is what guidance made of the network before, and an empty prompt's stays."""
+    from reference.train import guided
+
+    truth, without = torch.tensor([2.0, 5.0]).view(2, 1, 1, 1), torch.tensor([1.0, 5.0]).view(2, 1, 1, 1)
+    answer, dropped = truth, torch.tensor([False, True])
+    for _ in range(60):
+        answer = guided(truth, answer, without, dropped, 1.5)
+    assert answer.flatten().tolist() == pytest.approx([1 + 1.5 * (2 - 1), 5.0])

@@ -6,7 +6,7 @@ import torch
 
 from mteo.recipe import Recipe
 
-RECIPE = Recipe(iterations=8, batch=8, validate_every=4, pictures=32, held_out=32, teacher_steps=8, guidance=(1.0, 4.0))
+RECIPE = Recipe(iterations=20, batch=12, validate_every=10, pictures=64, held_out=32, teacher_steps=8, guidance=(1.0, 4.0))
 
 
 class Stop(Exception):
@@ -38,7 +38,7 @@ def distilled(parts, tmp_path_factory):
 def test_a_short_distillation_lowers_the_held_out_error(distilled):
     for cfg in RECIPE.guidance:
         log = [line for line in distilled[2].log if line["cfg"] == cfg]
-        assert [line["iteration"] for line in log] == [0, 4, 8] and log[-1]["best"] < {1.0: 0.8, 4.0: 0.97}[cfg] * log[0]["held_out"]
+        assert [line["iteration"] for line in log] == [0, 10, 20] and log[-1]["best"] < 0.8 * log[0]["held_out"]
 
 
 def test_the_previews_show_that_it_is_nearer_to_the_teacher(distilled):
@@ -87,13 +87,13 @@ def test_killed_and_resumed_gives_the_same_bytes(distilled, parts, tmp_path):
 
     folder = tmp_path / "resumed"
     with torch.inference_mode():
-        for moment in (("teacher, held out", 0), ("training", 6)):
+        for moment in (("teacher, held out", 0), ("training", 12)):
             with pytest.raises(Stop):
                 distill_model(*parts, RECIPE, folder, progress=stop_at(*moment))
         assert not (folder / "table.safetensors").exists() and (folder / "state-0.pt").exists()
         went_on = []
         distill_model(*parts, RECIPE, folder, progress=lambda stage, done, total, **facts: went_on.append(done) if stage == "training" else None)
-        assert went_on[0] == 5, "the state after the validation at 4 was not read"
+        assert went_on[0] == 11, "the state after the validation at 10 was not read"
     assert (folder / "table.safetensors").read_bytes() == (distilled[0] / "table.safetensors").read_bytes()
 
 
@@ -111,7 +111,7 @@ def test_the_file_is_small_and_says_how_it_was_made(distilled):
     from mteo.embeddings import load_embeddings
 
     path = distilled[0] / "table.safetensors"
-    assert path.stat().st_size <= 200_000 and load_embeddings(path).tables[3].guidance == [1.0, 4.0]
+    assert path.stat().st_size <= 300_000 and load_embeddings(path).tables[3].guidance == [1.0, 4.0]
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["mteo.tables"])
     assert about["3"]["record"]["recipe"]["guidance"] == [1.0, 4.0]

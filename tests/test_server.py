@@ -143,7 +143,7 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
 
     sheet = pictures(server, server.queue(compare), "16")[0]
     assert {path: path.stat().st_mtime_ns for path in chunks} == chunks and list((server.base / "output" / "mteo").iterdir()) == folders
-    assert (folders[0] / "table.safetensors").stat().st_size <= 200_000
+    assert (folders[0] / "table.safetensors").stat().st_size <= 300_000
     assert sorted((server.base / "models" / "mteo").glob("my_table*"))[0].read_bytes() == (folders[0] / "table.safetensors").read_bytes()
     teacher, plain, mteo = (torch.frombuffer(bytearray(sheet.crop((x, 0, x + 256, 256)).tobytes()), dtype=torch.uint8).float() for x in (0, 264, 528))
     assert sheet.size == (784, 256) and (mteo - teacher).square().mean() < (plain - teacher).square().mean()
@@ -182,5 +182,6 @@ def test_off_grid_policies_sample_on_another_schedule(server):
     for policy in ("interpolate", "nearest", "off"):
         changed = copy.deepcopy(with_custom_sampler(sigmas=["11", 0], sampler=["12", 0]))
         changed["10"]["inputs"]["off_grid"] = policy
+        changed["11"]["inputs"]["scheduler"] = "sgm_uniform"  # has a sigma between two of the table's
         seen.add(pictures(server, server.queue(changed), "9")[0].tobytes())
     assert len(seen) == 3

@@ -24,6 +24,12 @@ def is_flow(sampling) -> bool:
     return isinstance(sampling, comfy.model_sampling.CONST)
 
 
+def short_floats(device: torch.device):
+    """Inside, a processor with AMX computes matrix products in bfloat16: 2 to 3.5 times as many evaluations of the reference models a second, each .2 % to 1.4 % off
+    float32's answer. A graphics card computes as ComfyUI chose."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+
+
 class Session:
     """What `work` gets: the device, the model's sampling and network, and `denoise`."""
 
@@ -59,7 +65,8 @@ class Session:
             part, items = x[rows], item[own].tolist()
             self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
             self._guider.cfg = key[0]
-            pieces.append(self._wrap(part, sigma * part.new_ones(len(part)), **self._extra))
+            with short_floats(x.device):
+                pieces.append(self._wrap(part, sigma * part.new_ones(len(part)), **self._extra))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
 

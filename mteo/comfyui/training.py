@@ -101,14 +101,14 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
     if isinstance(grid, str):
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
-        count = min(64, recipe.pictures) // len(recipe.guidance)
-        pairs = join([gather(session, teacher, None, recipe, number, SEARCH, max(count, 1), prompts, None, progress) for number in range(len(recipe.guidance))])
-        plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
+        rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
+        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(64, recipe.pictures), prompts, None, progress) for number in rising]
+        plains = [Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), own) for own in pairs]
         with torch.no_grad():
-            tableau = search_grid(plain, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
-            if recipe.rows == "all":
-                tableau = refine(plain, tableau, 20 * recipe.steps**2, session.flow, progress)
-        grid = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+            found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
+            if recipe.rows == "all":  # one grid for all cfg values, coefficients for each
+                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, progress, keep_sigmas=len(plains) > 1) for plain, own in zip(plains, found, strict=True)]
+        grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)
     else:
@@ -116,7 +116,8 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:
-        table.learned = tableau.matrix[None]  # training starts from the rows that were found
+        table.guidance, table.learned = sorted(recipe.guidance), torch.stack([own.matrix for own in found])  # training starts from the rows that were found
+        table.offsets = {path: rows.expand(len(found), -1, -1).clone() for path, rows in table.offsets.items()}
     return table
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
-from mteo.sites import find_sites
+from mteo.sites import find_sites, is_gain
 from mteo.tableau import euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
@@ -21,7 +21,7 @@ from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, name_of, parts, stage,
 VARIANTS = {
     "as the recipe": {},
     "offsets on what the projection puts out": dict(space="modulation"),
-    "gains of normalisations beside": dict(space="gains"),
+    "no gains": dict(space="embedding"),
     "last row only": dict(rows="last"),
     "no row": dict(rows="solver"),
     "first third step by step (stage A)": dict(sequential=1 / 3, iterations=2 / 3),
@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> dict:
     rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}
     rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
     for name in told.only or VARIANTS:
-        if VARIANTS[name].get("space") == "gains" and find_sites(seen.model.model.diffusion_model, "gains") == find_sites(seen.model.model.diffusion_model, "embedding"):
-            continue  # no gains in this family
+        if VARIANTS[name].get("space") == "embedding" and not any(is_gain(site.path) for site in find_sites(seen.model.model.diffusion_model, base.space)):
+            continue  # this family has no gains anyway
         made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
         rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test) | {"loss": made[0].tables[STEPS].record["log"][-1]["loss"]}
         print(f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in rows[name].items()), flush=True)

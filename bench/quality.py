@@ -9,14 +9,29 @@ from pathlib import Path
 import torch
 
 from mteo.embeddings import load_embeddings
+from mteo.gridsearch import LEVELS
 from mteo.metrics import nrmse
 from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
-from .heldout import CFGS, STEPS, best_named, free_rival, named
-from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, name_of_tensor, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs, write_result
+from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
+from .parts import (
+    RESULTS,
+    ROOT,
+    TEACHER_STEPS,
+    ends_of,
+    name_of,
+    name_of_tensor,
+    named_grids,
+    parts,
+    solver_tableau,
+    stage,
+    table_file,
+    teacher_pairs,
+    write_result,
+)
 from .peers import methods
 
 FREE, MTEO, SFD = "plain with free grid and rows, 3", "MTEO, 3", "SFD"
@@ -39,8 +54,10 @@ def run(arguments: list[str]) -> dict:
     told.budgets = sorted({STEPS, *told.budgets})
     folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
     own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
+    cfgs = CFGS if told.cfg is None else (told.cfg,)
+    print(f"[bench] at most {planned(told, cfgs):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
     judge, embeddings, result = Judge(told.model, told.count // SEEDS), load_embeddings(told.table), {}
-    for cfg in CFGS if told.cfg is None else (told.cfg,):
+    for cfg in cfgs:
         sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
         result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
@@ -49,7 +66,17 @@ def run(arguments: list[str]) -> dict:
     show(result)
     summary = keys_of(result, told.budgets)
     write_result(f"quality-{told.model}", dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
+    plot(result, RESULTS / f"quality-{told.model}.png")
     return summary
+
+
+def planned(told, cfgs) -> int:
+    """Network evaluations of a run from nothing, at most: the judging takes none, a search remembers calls that this counts anew."""
+    sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
+    search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (LEVELS**2 / 4 + TRIALS)
+    one = round(sets + search)
+    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
+    return sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs)
 
 
 def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> dict[str, torch.Tensor]:
@@ -158,3 +185,25 @@ def show(result: dict) -> None:
         print(f"\n{cfg}" + " " * 36 + " ".join(f"{name:>13}" for name in rows["teacher"]))
         for name, row in rows.items():
             print(f"  {name:40} " + " ".join(f"{value:13.4f}" for value in row.values()))
+
+
+def plot(result: dict, path: Path) -> None:
+    """Fréchet distance above the teacher's own and error, over the evaluations (cfg 1) or pairs of them: the best plain samplers as a line, the others as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(result), figsize=(5.5 * len(result), 7), layout="constrained", squeeze=False)
+    for column, (cfg, rows) in enumerate(result.items()):
+        for axis, (measure, floor, label) in zip(axes[:, column], (("fd", rows["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")), strict=True):
+            line = {int(name.split(",")[0].removeprefix("plain ")): max(row[measure] - floor, 1e-4) for name, row in rows.items() if name.startswith("plain ") and name != FREE}
+            axis.plot(list(line), list(line.values()), "o-", color="0.5", label="best named plain sampler")
+            for name, row in rows.items():
+                if name.endswith(f", {STEPS}"):
+                    axis.plot(STEPS, max(row[measure] - floor, 1e-4), "*" if name == MTEO else "x", markersize=14 if name == MTEO else 7, label=name.removesuffix(f", {STEPS}"))
+            axis.set(title=cfg, xlabel="evaluations" if cfg == "cfg 1" else "pairs of evaluations", ylabel=label, yscale="log")
+            axis.grid(alpha=0.3)
+    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

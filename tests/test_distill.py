@@ -127,13 +127,17 @@ def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
         Recipe.of({"stepps": 3})
 
 
-def test_a_searched_grid_with_all_rows_trains_too(parts):
+def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
+    """One grid for both cfg values, told in falling order, and coefficients of each from the start on."""
     from mteo.comfyui.training import distill_model
+    from mteo.embeddings import load_embeddings
 
-    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, seed=2**62)  # the node's largest seed
+    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, guidance=(4.0, 1.0), seed=2**62)  # the node's largest seed
     with torch.inference_mode():
-        table = distill_model(*parts, recipe).embeddings.tables[3]
-    assert table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
+        table = distill_model(*parts, recipe, tmp_path / "run").embeddings.tables[3]
+    start = load_embeddings(tmp_path / "run" / "start.safetensors").tables[3]
+    assert start.guidance == table.guidance == [1.0, 4.0] and not torch.allclose(start.learned[0], start.learned[1], rtol=1e-2)
+    assert table.sigmas == start.sigmas and table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
     assert not torch.equal(table.learned[0, -2], table.tableau.matrix[-2])
     assert table.learned[0, 1, 2:].abs().max() == 0, "a call must not read what comes after it"
 

@@ -161,13 +161,13 @@ class Judge:
 
 
 def keys_of(result: dict, budgets: list[int]) -> dict:
-    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it is not behind in Fréchet distance
-    (0: of none); with peers the largest ratio to one that has no free first step, and the share of the way from the plain sampler to SFD."""
+    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
+    Fréchet distance (0: of none); with peers the largest ratio to one that has no free first step, and the share of the way from the plain sampler to SFD."""
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
         plain = {steps: next(row for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
-        keys[cfg] = own = dict(plain_steps_matched=max((steps for steps, row in plain.items() if row["fd"] >= mteo["fd"]), default=0), diversity=mteo["diversity"] / teacher["diversity"],
+        keys[cfg] = own = dict(plain_steps_matched=max((steps for steps in plain if all(row["fd"] >= mteo["fd"] for fewer, row in plain.items() if fewer <= steps)), default=0), diversity=mteo["diversity"] / teacher["diversity"],
                                recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_free_3=free["fd"])
         if bound := rows.get(f"{SFD}, 3"):
             peers = [free, *(rows[f"{name}, 3"] for name in methods.NAMES if not name.endswith(methods.ANALYTIC))]

@@ -1,6 +1,6 @@
 """What each choice of the recipe is worth: the same pairs, the same start, the same number of optimiser steps; error on unseen noise and prompts.
 
-All start from the plain model's searched σ and coefficients. Differences of a few per cent of two variants are within what another seed gives.
+All start from the plain model's searched σ and coefficients. One training seed unless told: small differences may be its own.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .heldout import STEPS, free_rival
-from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, name_of, parts, stage, teacher_pairs, train_embeddings, write_result
+from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, error_line, name_of, parts, rounded, stage, teacher_pairs, train_embeddings, write_result
 
 VARIANTS = {
     "as the recipe": {},
@@ -57,8 +57,8 @@ def run(arguments: list[str]) -> dict:
             continue  # this family has no gains anyway
         made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
         rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test) | {"loss": made[0].tables[STEPS].record["log"][-1]["loss"]}
-        print(f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in rows[name].items()), flush=True)
-    write_result(f"ablations-{told.model}-cfg{told.cfg:g}", result | {"rows": {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}})
+        print(error_line(name, rows[name]), flush=True)
+    write_result(f"ablations-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
     return result | {"pooled": {name: round(row["pooled"], 4) for name, row in rows.items()}}
 
 

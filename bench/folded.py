@@ -16,7 +16,21 @@ from mteo.tableau import euler_tableau
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .parts import ROOT, TEACHER_STEPS, ends_of, name_of, named_grids, parts, stage, table_file, teacher_pairs, train_embeddings, untrained, write_result
+from .parts import (
+    ROOT,
+    TEACHER_STEPS,
+    ends_of,
+    error_line,
+    name_of,
+    named_grids,
+    parts,
+    stage,
+    table_file,
+    teacher_pairs,
+    train_embeddings,
+    untrained,
+    write_result,
+)
 
 STEPS, SHARE_PAIRS = 6, 64
 
@@ -43,7 +57,7 @@ def run(arguments: list[str]) -> dict:
             "the shipped table, 3 pairs": ends_of(fresh, test, pairs.tables[3].tableau_at(told.cfg), pairs)}
     errors = {name: nrmse(ends, test.end) for name, ends in rows.items()}
     for name, error in errors.items():
-        print(f"{name:40}" + "  ".join(f"{key} {value:.4f}" for key, value in error.items()))
+        print(error_line(name, error))
     ratio = paired_bootstrap_ratio(*(per_picture(rows[name], test.end) for name in ("folded, 6", "the shipped table, 3 pairs")))
     result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), folded_vs_pairs=round(ratio[0], 4), folded_vs_pairs_low=round(ratio[1], 4),
                   folded_vs_pairs_high=round(ratio[2], 4), share_of_guidance={f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()})

@@ -73,6 +73,16 @@ def write_result(name: str, value: dict) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
+def error_line(name: str, errors: dict[str, float]) -> str:
+    """A row of errors for the terminal."""
+    return f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in errors.items())
+
+
+def rounded(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Rows of errors as a result file has them."""
+    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in rows.items()}
+
+
 def stage(folder: Path, name: str, make, *arguments):
     """make(*arguments), or what an earlier run of the same stage wrote."""
     path = folder / f"{name}.pt"

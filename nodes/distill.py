@@ -29,6 +29,7 @@ BUDGETS = {  # trajectories, held-out ones, optimiser steps
     "thorough": dict(pictures=4096, held_out=256, iterations=800, batch=48, validate_every=50),
 }
 BAR, SEARCH = 1000, 0.05  # parts of the progress bar; share of it for the search of a grid
+SEARCHES = {"teacher, for the grid": (0.0, 0.1), "grid": (0.1, 0.4), "solver's rows": (0.4, 1.0)}  # of that share
 STAGES = {"teacher": (0.0, 0.38), "teacher, held out": (0.38, 0.42), "training": (0.42, 1.0)}  # of each cfg value's share of the rest
 
 
@@ -109,5 +110,6 @@ class Progress:
             low, high = STAGES[stage]
             share = SEARCH + (1 - SEARCH) * (part[0] + low + (high - low) * share) / part[1]
         else:
-            share *= SEARCH
+            low, high = SEARCHES[stage]
+            share = SEARCH * (low + (high - low) * (part[0] + share) / part[1])
         self.bar.update_absolute(int(BAR * share), BAR, preview)

@@ -102,12 +102,13 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
     if isinstance(grid, str):
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
         rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
-        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(64, recipe.pictures), prompts, None, progress) for number in rising]
+        told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
+        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(64, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
         plains = [Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), own) for own in pairs]
         with torch.no_grad():
             found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
             if recipe.rows == "all":  # one grid for all cfg values, coefficients for each
-                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, progress, keep_sigmas=len(plains) > 1) for plain, own in zip(plains, found, strict=True)]
+                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
         grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)

@@ -1,4 +1,4 @@
-"""What each choice of the recipe is worth: the same pairs, the same start, the same number of optimiser steps; error on unseen noise and prompts.
+"""What each choice of the recipe is worth: the same pairs, the same start, the same number of optimiser steps; error and spectrum on unseen noise and prompts.
 
 All start from the plain model's searched σ and coefficients. One training seed unless told: small differences may be its own.
 """
@@ -15,9 +15,11 @@ from mteo.tableau import euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
+from .distances import spectrum_gap
 from .heldout import STEPS, free_rival
 from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, error_line, name_of, parts, rounded, stage, teacher_pairs, train_embeddings, write_result
 
+BANDS = 4
 VARIANTS = {
     "as the recipe": {},
     "offsets on what the projection puts out": dict(space="modulation"),
@@ -25,6 +27,9 @@ VARIANTS = {
     "last row only": dict(rows="last"),
     "no row": dict(rows="solver"),
     "first third step by step (stage A)": dict(sequential=1 / 3, iterations=2 / 3),
+    "no perception": dict(perception=0.0),
+    "perception ÷ 3": dict(perception=50 / 3),
+    "perception × 3": dict(perception=150.0),
     "rate × 3": dict(rate=0.03),
     "rate ÷ 3": dict(rate=0.003),
     "half the batch, twice the steps": dict(batch=24, iterations=2),
@@ -53,10 +58,12 @@ def run(arguments: list[str]) -> dict:
     rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}
     rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
     for name in told.only or VARIANTS:
+        if told.cfg == 1 and "perception" in VARIANTS[name]:
+            continue  # it is not asked without guidance
         if VARIANTS[name].get("space") == "embedding" and not any(is_gain(site.path) for site in find_sites(seen.model.model.diffusion_model, base.space)):
             continue  # this family has no gains anyway
         made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
-        rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test) | {"loss": made[0].tables[STEPS].record["log"][-1]["loss"]}
+        rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test)
         print(error_line(name, rows[name]), flush=True)
     write_result(f"ablations-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
     return result | {"pooled": {name: round(row["pooled"], 4) for name, row in rows.items()}}
@@ -75,6 +82,6 @@ def rows_before(name: str, about: dict) -> dict:
 
 
 def errors_of(ends: list[torch.Tensor], pairs: Trajectories) -> dict[str, float]:
-    """nRMSE, the mean over seeds."""
-    all_of = [nrmse(one, pairs.end) for one in ends]
+    """nRMSE, and the largest |ln ratio| of the energy in a band of frequency of the latents; the mean over seeds."""
+    all_of = [nrmse(one, pairs.end) | {"spectrum": spectrum_gap(one, pairs.end, BANDS)} for one in ends]
     return {name: sum(one[name] for one in all_of) / len(all_of) for name in all_of[0]}

@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from mteo.distill import LATE
 from mteo.gridsearch import Plain, search_grid
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
@@ -70,11 +71,12 @@ def run(arguments: list[str]) -> dict:
 
 
 def divided(budget: int, each: int) -> tuple[int, int]:
-    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, an optimiser step a batch of the student's with its backward; `each` = network evaluations
-    of one picture's call."""
+    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, an optimiser step a batch of the student's with its backward, and in the late part of the
+    training one look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
     pictures = round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32
     left = budget - pictures * TEACHER_STEPS * each
-    return max(pictures, 32), max(left // (2 * STEPS * Recipe().batch * each), 1)
+    step = Recipe().batch * (2 * STEPS * each + 3 * LATE)
+    return max(pictures, 32), max(int(left // step), 1)
 
 
 def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:

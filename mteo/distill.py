@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from .errors import MTEOError
+from .perception import unlikeness
 from .recipe import Recipe
 from .tableau import Tableau, combine, with_matrix
 from .teacher import Trajectories
 
-INNER = "solver.inner"  # the learned correction of the solver's inner rows, beside the sites
-INNER_UNIT = 0.3  # a correction of 1 is this much on a coefficient of D; on x_T it is this ÷ σ_0, as x_T is σ_0 times larger
+ROWS = "solver.rows"  # the learned correction of the solver's rows, beside the sites
+ROW_UNIT = 0.3  # a correction of 1 is this much on a coefficient of D; on x_T it is this ÷ σ_0, as x_T is σ_0 times larger
+LATE = 0.5  # the part of stage B, at its end, in which the network's own view counts
+SOLVED = 128  # training pairs that the last row is solved on before training
 
 
 @dataclass
@@ -26,23 +29,19 @@ class State:
     offsets: dict[str, torch.Tensor]
     averaged: dict[str, torch.Tensor]
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    gram: torch.Tensor
-    right: torch.Tensor
     generator: torch.Tensor
     iteration: int = 0
+    best_score: float = math.inf
     best_error: float = math.inf
     best_offsets: dict[str, torch.Tensor] = field(default_factory=dict)
-    best_row: torch.Tensor | None = None
     log: list[dict] = field(default_factory=list)
 
 
-def fresh_state(parameters: dict[str, torch.Tensor], calls: int, recipe: Recipe) -> State:
-    """Zero offsets (= the plain model) in the shapes of `parameters`; `calls` network calls of the solver."""
+def fresh_state(parameters: dict[str, torch.Tensor], recipe: Recipe) -> State:
+    """Zero offsets (= the plain model) in the shapes of `parameters`."""
     zeros = lambda: {path: torch.zeros_like(value, requires_grad=False) for path, value in parameters.items()}
     ones, twos = zeros(), zeros()
-    size = calls + 1
-    gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
-    return State(zeros(), zeros(), {path: (ones[path], twos[path]) for path in ones}, gram, right, torch.Generator().manual_seed(recipe.seed).get_state())
+    return State(zeros(), zeros(), {path: (ones[path], twos[path]) for path in ones}, torch.Generator().manual_seed(recipe.seed).get_state())
 
 
 def save_state(state: State, path: Path) -> None:
@@ -60,18 +59,22 @@ def load_state(path: Path, device) -> State | None:
         values = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise MTEOError(f"The training state {Path(path).name} cannot be read: delete it to train from the start.") from error
-    values["generator"], values["gram"], values["right"] = (values[name].cpu() for name in ("generator", "gram", "right"))
+    values["generator"] = values["generator"].cpu()
     return State(**values)
 
 
-def inner_matrix(tableau: Tableau, correction: torch.Tensor) -> torch.Tensor:
-    """The solver's matrix with `correction` [N−1, N+1] on the rows of calls 1 … N−1, strictly causal; differentiable."""
-    matrix = tableau.matrix.to(correction.device)
+def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
+    """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 … D_{j−1}."""
     calls = len(tableau.sigmas)
-    causal = torch.ones(calls - 1, calls + 1, device=correction.device).tril(1)  # the x of call j knows x_T and D_0 … D_{j−1}
-    unit = torch.full((calls + 1,), INNER_UNIT, device=correction.device)
-    unit[0] /= float(tableau.sigmas[0])
-    return torch.cat([matrix[:1], matrix[1:-1] + (correction * causal * unit).double(), matrix[-1:]])
+    unit = torch.full((calls, calls + 1), ROW_UNIT).tril(1)
+    unit[:, 0] /= float(tableau.sigmas[0])
+    return unit[-rows:]
+
+
+def corrected(tableau: Tableau, correction: torch.Tensor) -> torch.Tensor:
+    """The solver's matrix with `correction` [M, N + 1] on its last M rows; differentiable."""
+    matrix, rows = tableau.matrix.to(correction.device), len(correction)
+    return torch.cat([matrix[:-rows], matrix[-rows:] + (correction * row_units(tableau, rows).to(correction)).double()])
 
 
 def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None, matrix: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -87,26 +90,30 @@ def picture_loss(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (end - target).flatten(1).pow(2).mean(1).add(1e-12).sqrt().mean()
 
 
-def distill(denoise, offsets: dict[str, torch.Tensor], tableau: Tableau, train: Trajectories, validation: Trajectories, recipe: Recipe,
+def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tableau, train: Trajectories, validation: Trajectories, recipe: Recipe,
             state: State | None = None, progress=None) -> tuple[dict[str, torch.Tensor], Tableau, State]:
     """Train `offsets` (the tensors [R, D] that `denoise` reads, changed in place) and return the best of the validation.
 
-    denoise(x, call, sigma, batch) -> D, `batch` a part of the trajectories. progress(state, line) is called after every step,
-    `line` being a dict after a validation and else None; it may raise to cancel. `state` goes on where an earlier run stopped.
-    Returns (offsets, tableau with what was learned of its rows, state).
+    denoise(x, call, sigma, batch) -> D, `batch` a part of the trajectories. perceive(x, noise, batch) -> what the plain network's blocks make of pictures x, for
+    `unlikeness`; None where the error of the latents is all that counts. progress(state, line) is called after every step, `line` being a dict after a validation and else None; it
+    may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of its rows, state).
     """
-    calls, solving = len(tableau.sigmas), recipe.rows != "solver"
+    calls, spread = len(tableau.sigmas), float(train.end.double().std())
     parameters = {path: value.requires_grad_(True) for path, value in offsets.items()}
-    if recipe.rows == "all" and calls > 1:
-        first = next(iter(offsets.values()))
-        parameters[INNER] = torch.zeros(calls - 1, calls + 1, device=first.device, requires_grad=True)
-    state = state or fresh_state(parameters, calls, recipe)
+    if recipe.rows != "solver":
+        parameters[ROWS] = torch.zeros(calls if recipe.rows == "all" else 1, calls + 1, device=train.end.device, requires_grad=True)
+    state = state or fresh_state(parameters, recipe)
     generator = torch.Generator()
     generator.set_state(state.generator)
     total = recipe.sequential + recipe.iterations
     load(parameters, state.offsets)
     if not state.best_offsets:
-        line = keep_best(state, parameters, tableau, denoise, validation, recipe)
+        line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe)  # zero offsets: the plain model
+        if recipe.rows != "solver":
+            change = solved_row(denoise, tableau, train.part(slice(0, SOLVED))) - tableau.matrix[-1]
+            for values in (state.offsets, state.averaged):
+                values[ROWS][-1] = (change / row_units(tableau, 1)[-1]).to(values[ROWS])
+            load(parameters, state.offsets)
         if progress is not None:
             progress(state, line)
     while state.iteration < total:
@@ -115,27 +122,36 @@ def distill(denoise, offsets: dict[str, torch.Tensor], tableau: Tableau, train: 
         if state.iteration < recipe.sequential:
             loss = step_loss(state.iteration * calls // recipe.sequential, tableau, matrix, denoise, batch)
         else:
-            terms = student_terms(tableau, lambda x, call, sigma, batch=batch: denoise(x, call, sigma, batch), batch.start, matrix=matrix)
-            row = solved_row(state, terms, batch.end, tableau) if solving else tableau.matrix[-1]
-            loss = picture_loss(combine(row.to(batch.start.device), terms), batch.end)
+            end = combine(matrix[-1], student_terms(tableau, lambda x, call, sigma, batch=batch: denoise(x, call, sigma, batch), batch.start, matrix=matrix))
+            loss = picture_loss(end, batch.end)
+            if perceive and state.iteration >= total - LATE * recipe.iterations:
+                loss = loss / spread + recipe.perception * seen_apart(perceive, end, batch, generator)
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         step_adam(parameters, gradients, state, recipe, total)
         state.iteration += 1
         state.generator = generator.get_state()
         line = None
         if state.iteration % recipe.validate_every == 0 or state.iteration == total:
-            line = keep_best(state, parameters, tableau, denoise, validation, recipe, float(loss.detach()))
+            line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe, float(loss.detach()))
         if progress is not None:
             progress(state, line)
     load(parameters, state.best_offsets)
     best = {path: value.detach().clone() for path, value in parameters.items()}
-    inner = student_matrix(tableau, best)
-    best.pop(INNER, None)
-    return best, with_last_row(with_matrix(tableau, inner.cpu()), state.best_row), state
+    learned = with_matrix(tableau, student_matrix(tableau, best).cpu())
+    best.pop(ROWS, None)
+    return best, learned, state
 
 
 def student_matrix(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    return inner_matrix(tableau, parameters[INNER]) if INNER in parameters else tableau.matrix
+    return corrected(tableau, parameters[ROWS]) if ROWS in parameters else tableau.matrix
+
+
+def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, generator: torch.Generator) -> torch.Tensor:
+    """How unlike the teacher's ends the network finds the student's, both with the same fresh noise."""
+    noise = torch.randn(end.shape, generator=generator).to(end.device)
+    with torch.no_grad():
+        wanted = perceive(batch.end, noise, batch)
+    return unlikeness(perceive(end, noise, batch), wanted)
 
 
 def step_loss(step: int, tableau: Tableau, matrix: torch.Tensor, denoise, batch: Trajectories) -> torch.Tensor:
@@ -151,12 +167,16 @@ def step_loss(step: int, tableau: Tableau, matrix: torch.Tensor, denoise, batch:
     return picture_loss(combine(matrix[step + 1].to(batch.start.device), terms), target)
 
 
-def solved_row(state: State, terms: list[torch.Tensor], target: torch.Tensor, tableau: Tableau, memory: float = 0.9) -> torch.Tensor:
-    """Least squares for the last row over a fading memory of batches, float64; a little ridge towards the solver's own row."""
-    columns = torch.stack([term.detach().flatten().double().cpu() for term in terms], 1)
-    state.gram = memory * state.gram + columns.T @ columns
-    state.right = memory * state.right + columns.T @ target.flatten().double().cpu()
-    return ridge(state.gram, state.right, tableau.matrix[-1])
+@torch.no_grad()
+def solved_row(denoise, tableau: Tableau, pairs: Trajectories, batch: int = 64) -> torch.Tensor:
+    """The last row [N + 1] that is nearest to the pairs' ends; least squares, float64."""
+    size = len(tableau.sigmas) + 1
+    gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
+        terms = student_terms(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
+        columns = torch.stack([term.flatten().double().cpu() for term in terms], 1)
+        gram, right = gram + columns.T @ columns, right + columns.T @ part.end.flatten().double().cpu()
+    return ridge(gram, right, tableau.matrix[-1])
 
 
 def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: float = 1e-4) -> torch.Tensor:
@@ -169,8 +189,8 @@ def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: 
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
     """Adam with a cosine rate and one clip over all sites; the averaged offsets follow."""
     gradients = [torch.zeros_like(p) if g is None else g.nan_to_num(0.0) for p, g in zip(parameters.values(), gradients, strict=True)]
-    norm = torch.stack([g.norm() for g in gradients]).norm()
-    scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0)
+    norm = torch.stack([g.double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
+    scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0).float()
     count = state.iteration + 1
     rate = recipe.rate * 0.5 * (1 + math.cos(math.pi * state.iteration / total))
     with torch.no_grad():
@@ -185,41 +205,30 @@ def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -
 
 
 @torch.no_grad()
-def evaluate(denoise, tableau: Tableau, pairs: Trajectories, batch: int = 64, solve: bool = False) -> tuple[float, torch.Tensor]:
-    """(pooled RMSE ÷ std of the teacher's end points, last row). With `solve` the row is the least-squares one of these pairs."""
-    size = len(tableau.sigmas) + 1
-    gram, right, square, count = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0.0, 0
-    for begin in range(0, len(pairs), batch):
-        part = pairs.part(slice(begin, begin + batch))
-        terms = student_terms(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
-        columns, target = torch.stack([term.flatten().double().cpu() for term in terms], 1), part.end.flatten().double().cpu()
-        gram, right = gram + columns.T @ columns, right + columns.T @ target
-        square, count = square + float(target @ target), count + len(target)
-    row = ridge(gram, right, tableau.matrix[-1]) if solve else tableau.matrix[-1].double()
-    error = max(float(row @ gram @ row - 2 * row @ right) + square, 0.0) / count
-    return math.sqrt(error) / float(pairs.end.double().std()), row
+def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: int = 64) -> tuple[float, float | None]:
+    """(pooled RMSE ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
+    square, unlike, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
+    for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
+        end = combine(tableau.matrix[-1].to(part.end.device), student_terms(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start))
+        square += float((end - part.end).double().square().sum())
+        if perceive:
+            unlike += len(part) * float(seen_apart(perceive, end, part, generator))
+    return math.sqrt(square / pairs.end.numel()) / float(pairs.end.double().std()), unlike / len(pairs) if perceive else None
 
 
-def keep_best(state: State, parameters, tableau, denoise, validation, recipe: Recipe, loss=None) -> dict:
-    """Validate the averaged offsets with the row of the training batches; keep them if they are the best so far."""
+def keep_best(state: State, parameters, tableau, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
+    """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small."""
     load(parameters, state.averaged if state.iteration else state.offsets)
-    solving = recipe.rows != "solver" and state.iteration > recipe.sequential
-    row = ridge(state.gram, state.right, tableau.matrix[-1]) if solving else tableau.matrix[-1]
     with torch.no_grad():
-        tested = with_last_row(with_matrix(tableau, student_matrix(tableau, parameters).cpu()), row)
-    error, row = evaluate(denoise, tested, validation)
-    if error < state.best_error:
-        state.best_error, state.best_row = error, row
+        tested = with_matrix(tableau, student_matrix(tableau, parameters).cpu())
+    error, unlike = evaluate(denoise, perceive, tested, validation)
+    score = error + recipe.perception * (unlike or 0.0)
+    if score < state.best_score:
+        state.best_score, state.best_error = score, error
         state.best_offsets = {path: value.detach().clone() for path, value in parameters.items()}
     load(parameters, state.offsets)
-    state.log.append(dict(iteration=state.iteration, loss=loss, held_out=error, best=state.best_error))
+    state.log.append(dict(iteration=state.iteration, loss=loss, held_out=error, unlike=unlike, best=state.best_error))
     return state.log[-1]
-
-
-def with_last_row(tableau: Tableau, row: torch.Tensor) -> Tableau:
-    matrix = tableau.matrix.clone()
-    matrix[-1] = row.to(matrix)
-    return with_matrix(tableau, matrix)
 
 
 def load(parameters: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:

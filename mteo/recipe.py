@@ -11,8 +11,9 @@ FREE = "free"
 @dataclass(frozen=True)
 class Recipe:
     """steps: K, 2..16. solver: a ComfyUI sampler's name. grid: a ComfyUI scheduler's name, or "free" = inner σ are searched for.
-    rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point (solved), "all" = the
-    inner ones as well (descended). space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
+    rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point, "all" = the inner ones as well.
+    perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any cfg but 1, beside
+    the error of the latents (÷ their spread); 0 = none. space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
     pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid.
     sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures; rate: Adam's first step, falls to 0 along a cosine;
     clip: largest gradient norm; average: memory of the averaged offsets, 0..1."""
@@ -31,6 +32,7 @@ class Recipe:
     batch: int = 48
     rate: float = 0.01
     clip: float = 1.0
+    perception: float = 50.0
     average: float = 0.95
     validate_every: int = 20
     seed: int = 0
@@ -38,7 +40,7 @@ class Recipe:
     def __post_init__(self):
         object.__setattr__(self, "guidance", tuple(float(value) for value in self.guidance))
         limits = dict(steps=(2, 16), pictures=(1, 10**7), held_out=(2, 10**6), teacher_steps=(self.steps, 1000), sequential=(0, 10**7), iterations=(0, 10**7),
-                      batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1))
+                      batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), perception=(0, 10**6), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1))
         for name, (low, high) in limits.items():
             if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= high:
                 raise MTEOError(f"{name} is {getattr(self, name)!r}: give a number from {low} to {high}.")

@@ -16,6 +16,9 @@ FAMILIES = (
 # Normalisations with a gain of their own, after a layer took in the time and before attention; in the other families the modulation is that gain.
 GAINS = {"unet": re.compile(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.\d+\.(out_layers\.0|transformer_blocks\.\d+\.norm[123])")}
 
+# The block that a site belongs to: what it puts out is a picture of features.
+BLOCKS = {"unet": re.compile(r"(.+)\.emb_layers\.1"), "sd3": re.compile(r"(joint_blocks\.\d+)\.x_block\.adaLN_modulation\.1")}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -47,6 +50,12 @@ def find_sites(network: torch.nn.Module, space: str) -> list[Site]:
     pattern = dict(FAMILIES)[find_family(network)]
     wanted = lambda path: pattern.fullmatch(path) or (space == "gains" and is_gain(path))
     return [Site(path, width_of(path, module, space)) for path, module in network.named_modules() if wanted(path)]
+
+
+def find_blocks(network: torch.nn.Module) -> list[str]:
+    """Paths of the blocks whose output shows the picture, in the network's own order; MTEOError as `find_sites`."""
+    pattern = BLOCKS[find_family(network)]
+    return [found[1] for path, _ in network.named_modules() if (found := pattern.fullmatch(path))]
 
 
 def width_of(path: str, module: torch.nn.Module, space: str) -> int:

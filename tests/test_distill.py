@@ -1,5 +1,6 @@
 """Distillation inside ComfyUI's sampling, on the reference model."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,52 @@ def test_a_short_distillation_lowers_the_held_out_error(distilled):
     for cfg in RECIPE.guidance:
         log = [line for line in distilled[2].log if line["cfg"] == cfg]
         assert [line["iteration"] for line in log] == [0, 10, 20] and log[-1]["best"] < 0.8 * log[0]["held_out"]
+
+
+def test_what_the_network_sees_counts_in_the_second_half_where_there_is_guidance(distilled, parts):
+    """Against the same training that only measures it: more alike. Without guidance the error of the latents is all."""
+    from mteo.comfyui.training import distill_model
+
+    with torch.inference_mode():
+        blind = distill_model(*parts, replace(RECIPE, perception=1e-9)).log
+    one, four = ([[line for line in log if line["cfg"] == cfg] for log in (blind, distilled[2].log)] for cfg in RECIPE.guidance)
+    assert one[0] == one[1] and all(line["unlike"] is None for line in one[0])
+    measured, told = four
+    assert all(measured[i][name] == told[i][name] for i in (0, 1) for name in ("held_out", "unlike")), "the first half is the same"
+    assert told[2]["unlike"] < measured[2]["unlike"] < told[0]["unlike"] < 0.5
+
+
+def test_the_plain_network_looks_at_pictures_whatever_table_is_on_it(parts):
+    """Equal pictures are alike, a blurred one is not; a table on the model changes nothing, and no hook stays."""
+    from mteo.comfyui.session import private_copy, run_session, training_mode
+    from mteo.comfyui.training import untrained_table, with_table
+    from mteo.embeddings import Embeddings
+    from mteo.perception import NOISE, unlikeness
+    from mteo.tableau import euler_tableau
+
+    model, positives, negative, latent = parts
+    sigmas, seen = torch.tensor([14.6, NOISE, 0.5, 0.0]), {}
+
+    def look(session):
+        for rows in session.patch.offsets.table.values():
+            rows.fill_(strength)
+        x = torch.randn(6, 32, 8, 8, generator=torch.Generator().manual_seed(1))
+        noise, item = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 2
+        blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+        answer = session.denoise(x, NOISE, item, torch.ones(6, dtype=torch.float64))
+        return answer, session.perceived(x, noise, item), session.perceived(blurred, noise, item)
+
+    with training_mode():
+        private = private_copy(model)
+        table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), "gains", sigmas, "euler", euler_tableau(sigmas))
+        for strength in (0.0, 1.0):
+            patched, _ = with_table(private, Embeddings({3: table}, "gains"))
+            seen[strength] = run_session(patched, positives, negative, latent, look)
+    (plain, whole, blurred), (told, same, _) = seen[0.0], seen[1.0]
+    assert not torch.equal(plain, told), "the table is on the model"
+    assert len(whole) == 12 and all(torch.equal(a, b) for a, b in zip(whole, same, strict=True))
+    assert unlikeness(whole, same).abs() < 1e-5 < 0.01 < unlikeness(blurred, whole) < 1
+    assert not any(module._forward_hooks for module in private.model.diffusion_model.modules())
 
 
 def test_the_previews_show_that_it_is_nearer_to_the_teacher(distilled):

@@ -194,3 +194,18 @@ def test_few_trajectories_rule_a_squared_loss():
         norms[name] = torch.autograd.grad(loss, told, retain_graph=True)[0].square().sum(1)
     share = {name: float(value.topk(len(x) // 10).values.sum() / value.sum()) for name, value in norms.items()}
     assert share["squared"] > 0.45 and share["squared"] > 1.2 * share["per picture"] > 2 * 0.1
+
+
+def test_what_is_nearest_on_average_lacks_the_energy_of_its_error():
+    """§8: least squares leaves an error that nothing the student has explains, so E|x̂|² = E|x|² − E|x̂ − x|²: it is duller by exactly its error, and seeds lie nearer together."""
+    model, tableau = Mixture(), euler_tableau(torch.tensor(GRID, dtype=torch.float64))
+    x = model.start(4096, GRID[0])
+    end = model.flow(x, GRID[0], 0.0)
+    terms = [x]
+    for call, sigma in enumerate(GRID[:-1]):
+        terms.append(model.denoise(combine(tableau.matrix[call], terms), sigma))
+    columns = torch.stack([term.flatten() for term in terms], 1)
+    nearest = columns @ torch.linalg.lstsq(columns, end.flatten()[:, None]).solution
+    energy, error = nearest.square().mean(), (nearest.flatten() - end.flatten()).square().mean()
+    assert float(energy + error) == pytest.approx(float(end.square().mean()), rel=1e-6) and error > 0.02 * energy
+    assert nearest.view_as(end).var(0).sum() < end.var(0).sum()

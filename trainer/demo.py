@@ -30,7 +30,7 @@ def run(options) -> None:
     from reference.scenes import draw_names, prompts
 
     seen, unseen = (prompts(draw_names(128, torch.Generator().manual_seed(seed), seed == 2)) for seed in (1, 2))
-    folder = options.out / f"run-{hashlib.sha256(weights_file('unet').read_bytes()).hexdigest()[:8]}"
+    folder = options.out / f"run-{hashlib.sha256(weights_file('unet').read_bytes() + str(RECIPE).encode()).hexdigest()[:8]}"
     if (folder / "table.safetensors").is_file():
         print(f"the table of an earlier demo is there and is used again (delete {folder} to distil anew)")
     made = distill_run(Run(prompts=seen, width=64, height=64, folder=folder, recipe=RECIPE))

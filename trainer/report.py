@@ -18,7 +18,7 @@ class Bars:
             self.stage, self.bar = stage, tqdm(total=total, desc=stage, initial=done)
         self.bar.update(done - self.bar.n)
         if facts:
-            self.bar.set_postfix({name: f"{facts[name]:.4f}" for name in ("loss", "held_out", "best") if facts.get(name) is not None})
+            self.bar.set_postfix({name: f"{facts[name]:.4f}" for name in ("loss", "held_out", "unlike", "best") if facts.get(name) is not None})
         if picture is not None and self.show:
             self.show(part[0], facts["iteration"], picture)
 
@@ -29,18 +29,21 @@ class Bars:
 
 
 def plot_loss(log: list[dict], path: Path) -> None:
-    """Held-out error over optimiser steps, for each cfg value."""
+    """Held-out error over optimiser steps, and how unlike the teacher's pictures the network finds the student's, for each cfg value."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for cfg in dict.fromkeys(line["cfg"] for line in log):
-        own = [line for line in log if line["cfg"] == cfg]
-        axis.plot([line["iteration"] for line in own], [line["held_out"] for line in own], "o-", label=f"cfg {cfg:g}")
-    axis.set(xlabel="optimiser steps", ylabel="held-out error (0 = the teacher's picture)", ylim=(0, None))
-    axis.legend()
-    axis.grid(alpha=0.3)
+    shown = [(name, label) for name, label in (("held_out", "held-out error (0 = the teacher's picture)"), ("unlike", "unlike to the network (0 = alike)")) if any(line.get(name) is not None for line in log)]
+    figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), layout="constrained", squeeze=False)
+    for axis, (name, label) in zip(axes[0], shown, strict=True):
+        for cfg in dict.fromkeys(line["cfg"] for line in log):
+            own = [line for line in log if line["cfg"] == cfg and line.get(name) is not None]
+            if own:
+                axis.plot([line["iteration"] for line in own], [line[name] for line in own], "o-", label=f"cfg {cfg:g}")
+        axis.set(xlabel="optimiser steps", ylabel=label, ylim=(0, None))
+        axis.legend()
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)

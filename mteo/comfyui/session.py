@@ -16,6 +16,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
+from ..perception import NOISE, watched
 from .conditions import normal, stack, stackable
 
 
@@ -69,6 +70,19 @@ class Session:
                 pieces.append(self._wrap(part, sigma * part.new_ones(len(part)), **self._extra))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
+
+
+    def perceived(self, x: torch.Tensor, noise: torch.Tensor, item: torch.Tensor) -> list[torch.Tensor]:
+        """What the blocks of the plain network put out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
+        sigma = NOISE / (1 + NOISE) if self.flow else NOISE
+        noised = self.sampling.noise_scaling(torch.tensor(sigma, device=x.device), noise, x)
+        strength, self.patch.offsets.scale = self.patch.offsets.scale, 0.0
+        try:
+            with watched(self.network) as seen:
+                self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64))
+        finally:
+            self.patch.offsets.scale = strength
+        return seen
 
 
 class _Work(comfy.samplers.Sampler):

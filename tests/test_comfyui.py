@@ -63,17 +63,24 @@ def test_the_table_of_a_sampler_is_the_sampler(request, objects, name):
     model, _, positive, negative = request.getfixturevalue(objects)
     import comfy.samplers
 
+    from bench.exactness import recording
     from mteo.comfyui.solver import read_tableau, tableau_sampler
+    from mteo.tableau import combine
 
     with torch.inference_mode():
         sampler, sigmas = comfy.samplers.sampler_object(name), grid(model)
         kept = sigmas.clone()
         tableau = read_tableau(sampler, sigmas, model.get_model_object("model_sampling"), name)
         assert torch.equal(sigmas, kept)
-        own = sample(model, positive, negative, sampler, sigmas.clone())
+        listening, seen = recording(sampler)
+        own = sample(model, positive, negative, listening, sigmas.clone())
+        same = model.model.process_latent_out(combine(tableau.matrix[-1], seen))
         told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau), sigmas.clone())
         # UniPC sets the caller's last σ to .001, and a flow model's result is then divided by 1 − σ: ComfyUI's own pictures are .1 % brighter there [5]
-        assert (own - told).abs().max() / own.abs().max() < (1e-3 if (name, objects) == ("uni_pc", "flow_objects") else 1e-5)
+        brighter = 1e-3 if (name, objects) == ("uni_pc", "flow_objects") else 0.0
+        apart = lambda other: (own - other).abs().max() / own.abs().max()
+        assert apart(same) < max(brighter, 1e-5)
+        assert apart(told) < max(brighter, 5e-5)  # the network enlarges float32's rounding, by how much goes with the processor
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpm_adaptive", "dpmpp_2m_cfg_pp", "euler_cfg_pp", "lcm"])

@@ -43,16 +43,15 @@ def test_a_short_distillation_lowers_the_held_out_error(distilled):
 
 
 def test_what_the_network_sees_counts_in_the_second_half_where_there_is_guidance(distilled, parts):
-    """Against the same training that only measures it: more alike. Without guidance the error of the latents is all."""
+    """Against the same training that only measures it: more alike. Without guidance it is not asked."""
     from mteo.comfyui.training import distill_model
 
+    assert all(line["unlike"] is None for line in distilled[2].log if line["cfg"] == 1.0)
+    longer = replace(RECIPE, guidance=(4.0,), iterations=40, validate_every=20)
     with torch.inference_mode():
-        blind = distill_model(*parts, replace(RECIPE, perception=1e-9)).log
-    one, four = ([[line for line in log if line["cfg"] == cfg] for log in (blind, distilled[2].log)] for cfg in RECIPE.guidance)
-    assert one[0] == one[1] and all(line["unlike"] is None for line in one[0])
-    measured, told = four
+        measured, told = (distill_model(*parts, replace(longer, perception=weight)).log for weight in (1e-9, longer.perception))
     assert all(measured[i][name] == told[i][name] for i in (0, 1) for name in ("held_out", "unlike")), "the first half is the same"
-    assert told[2]["unlike"] < measured[2]["unlike"] < told[0]["unlike"] < 0.5
+    assert told[2]["unlike"] < 0.97 * measured[2]["unlike"] < 0.97 * told[0]["unlike"]
 
 
 def test_the_plain_network_looks_at_pictures_whatever_table_is_on_it(parts):

@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from mteo.distill import LATE
+from mteo.distill import LATE, SOLVED
 from mteo.gridsearch import Plain, search_grid
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
@@ -71,12 +71,12 @@ def run(arguments: list[str]) -> dict:
 
 
 def divided(budget: int, each: int) -> tuple[int, int]:
-    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, an optimiser step a batch of the student's with its backward, and in the late part of the
-    training one look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
-    pictures = round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32
-    left = budget - pictures * TEACHER_STEPS * each
-    step = Recipe().batch * (2 * STEPS * each + 3 * LATE)
-    return max(pictures, 32), max(int(left // step), 1)
+    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of the student's with its backward, and with guidance, in the
+    late part of the training, one look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
+    pictures = max(round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32, 32)
+    left = budget - (pictures * TEACHER_STEPS + min(SOLVED, pictures) * STEPS) * each
+    step = Recipe().batch * (2 * STEPS * each + (3 * LATE if each > 1 else 0))
+    return pictures, max(int(left // step), 1)
 
 
 def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:

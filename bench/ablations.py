@@ -58,8 +58,8 @@ def run(arguments: list[str]) -> dict:
     rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}
     rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
     for name in told.only or VARIANTS:
-        if told.cfg == 1 and "perception" in VARIANTS[name]:
-            continue  # it is not asked without guidance
+        if "perception" in VARIANTS[name] and not base.perceives(told.cfg):
+            continue  # it is not asked at this cfg anyway
         if VARIANTS[name].get("space") == "embedding" and not any(is_gain(site.path) for site in find_sites(seen.model.model.diffusion_model, base.space)):
             continue  # this family has no gains anyway
         made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]

@@ -48,7 +48,7 @@ def run(arguments: list[str]) -> dict:
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
     start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCH_PAIRS)))
-    shares = {budget: divided(budget - spent, branches(test)) for budget in told.budgets}
+    shares = {budget: divided(budget - spent, branches(test), Recipe().perceives(told.cfg)) for budget in told.budgets}
     most = max(pictures for pictures, _ in shares.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
     solver, grid = best_named(stage(folder, "named", named, seen, held_out))
@@ -70,12 +70,12 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def divided(budget: int, each: int) -> tuple[int, int]:
-    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of the student's with its backward, and with guidance, in the
-    late part of the training, one look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
+def divided(budget: int, each: int, perceives: bool) -> tuple[int, int]:
+    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of the student's with its backward; one that
+    perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
     pictures = max(round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32, 32)
     left = budget - (pictures * TEACHER_STEPS + min(SOLVED, pictures) * STEPS) * each
-    step = Recipe().batch * (2 * STEPS * each + (3 * LATE if each > 1 else 0))
+    step = Recipe().batch * (2 * STEPS * each + (3 * LATE if perceives else 0))
     return pictures, max(int(left // step), 1)
 
 

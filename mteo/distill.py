@@ -13,7 +13,7 @@ import torch
 from .errors import MTEOError
 from .perception import unlikeness
 from .recipe import Recipe
-from .tableau import Tableau, combine, with_matrix
+from .tableau import Tableau, combine, execute, with_matrix
 from .teacher import Trajectories
 
 ROWS = "solver.rows"  # the learned correction of the solver's rows, beside the sites
@@ -71,15 +71,18 @@ def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
     return unit[-rows:]
 
 
-def corrected(tableau: Tableau, correction: torch.Tensor) -> torch.Tensor:
-    """The solver's matrix with `correction` [M, N + 1] on its last M rows; differentiable."""
-    matrix, rows = tableau.matrix.to(correction.device), len(correction)
-    return torch.cat([matrix[:-rows], matrix[-rows:] + (correction * row_units(tableau, rows).to(correction)).double()])
+def corrected(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> Tableau:
+    """The solver with the correction [M, N + 1] of its last M rows, if one is learned; differentiable."""
+    if ROWS not in parameters:
+        return tableau
+    correction, rows = parameters[ROWS], len(parameters[ROWS])
+    matrix = tableau.matrix.to(correction.device)
+    return with_matrix(tableau, torch.cat([matrix[:-rows], matrix[-rows:] + (correction * row_units(tableau, rows).to(correction)).double()]))
 
 
-def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None, matrix: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """[x_T, D_0, …, D_{calls-1}] of the student; denoise(x, call, sigma) -> D; `matrix` in place of the solver's."""
-    matrix, terms = (tableau.matrix if matrix is None else matrix).to(start.device), [start]
+def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None) -> list[torch.Tensor]:
+    """[x_T, D_0, …, D_{calls-1}] of the student; denoise(x, call, sigma) -> D."""
+    matrix, terms = tableau.matrix.to(start.device), [start]
     for call, sigma in enumerate(tableau.sigmas.tolist()[:calls]):
         terms.append(denoise(combine(matrix[call], terms), call, sigma))
     return terms
@@ -118,11 +121,11 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
             progress(state, line)
     while state.iteration < total:
         batch = train.part(torch.randint(len(train), (recipe.batch,), generator=generator))
-        matrix = student_matrix(tableau, parameters)
+        student = corrected(tableau, parameters)
         if state.iteration < recipe.sequential:
-            loss = step_loss(state.iteration * calls // recipe.sequential, tableau, matrix, denoise, batch)
+            loss = step_loss(state.iteration * calls // recipe.sequential, student, denoise, batch)
         else:
-            end = combine(matrix[-1], student_terms(tableau, lambda x, call, sigma, batch=batch: denoise(x, call, sigma, batch), batch.start, matrix=matrix))
+            end = execute(student, lambda x, call, sigma, batch=batch: denoise(x, call, sigma, batch), batch.start)
             loss = picture_loss(end, batch.end)
             if perceive and state.iteration >= total - LATE * recipe.iterations:
                 loss = loss / spread + recipe.perception * seen_apart(perceive, end, batch, generator)
@@ -137,13 +140,9 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
             progress(state, line)
     load(parameters, state.best_offsets)
     best = {path: value.detach().clone() for path, value in parameters.items()}
-    learned = with_matrix(tableau, student_matrix(tableau, best).cpu())
+    learned = with_matrix(tableau, corrected(tableau, best).matrix.cpu())
     best.pop(ROWS, None)
     return best, learned, state
-
-
-def student_matrix(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    return corrected(tableau, parameters[ROWS]) if ROWS in parameters else tableau.matrix
 
 
 def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, generator: torch.Generator) -> torch.Tensor:
@@ -154,17 +153,17 @@ def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, generator: torc
     return unlikeness(perceive(end, noise, batch), wanted)
 
 
-def step_loss(step: int, tableau: Tableau, matrix: torch.Tensor, denoise, batch: Trajectories) -> torch.Tensor:
+def step_loss(step: int, student: Tableau, denoise, batch: Trajectories) -> torch.Tensor:
     """Stage A: the calls before `step` only bring the student's own state; the teacher's next state is the target."""
 
     def one_step(x, call, sigma):
         with torch.set_grad_enabled(call == step):
             return denoise(x, call, sigma, batch)
 
-    terms = student_terms(tableau, one_step, batch.start, step + 1, matrix)
-    calls = len(tableau.sigmas)
+    terms = student_terms(student, one_step, batch.start, step + 1)
+    calls = len(student.sigmas)
     target = batch.states[:, step] if step + 1 < calls and calls == batch.states.shape[1] + 1 else batch.end
-    return picture_loss(combine(matrix[step + 1].to(batch.start.device), terms), target)
+    return picture_loss(combine(student.matrix[step + 1].to(batch.start.device), terms), target)
 
 
 @torch.no_grad()
@@ -209,7 +208,7 @@ def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: in
     """(pooled RMSE ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
     square, unlike, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
-        end = combine(tableau.matrix[-1].to(part.end.device), student_terms(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start))
+        end = execute(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
         square += float((end - part.end).double().square().sum())
         if perceive:
             unlike += len(part) * float(seen_apart(perceive, end, part, generator))
@@ -220,8 +219,7 @@ def keep_best(state: State, parameters, tableau, denoise, perceive, validation, 
     """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small."""
     load(parameters, state.averaged if state.iteration else state.offsets)
     with torch.no_grad():
-        tested = with_matrix(tableau, student_matrix(tableau, parameters).cpu())
-    error, unlike = evaluate(denoise, perceive, tested, validation)
+        error, unlike = evaluate(denoise, perceive, corrected(tableau, parameters), validation)
     score = error + recipe.perception * (unlike or 0.0)
     if score < state.best_score:
         state.best_score, state.best_error = score, error

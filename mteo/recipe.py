@@ -59,6 +59,10 @@ class Recipe:
                 raise MTEOError(f"The recipe has no setting {name!r}: it knows {', '.join(sorted(known))}.")
         return cls(**values)
 
+    def perceives(self, cfg: float) -> bool:
+        """Whether a training at this cfg asks the network how unlike the pictures look; without guidance it does harm (docs/ablations.md)."""
+        return self.perception > 0 and cfg != 1
+
     def facts(self) -> dict:
         """As JSON."""
         return {**asdict(self), "guidance": list(self.guidance)}

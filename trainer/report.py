@@ -38,10 +38,10 @@ def plot_loss(log: list[dict], path: Path) -> None:
     shown = [(name, label) for name, label in (("held_out", "held-out error (0 = the teacher's picture)"), ("unlike", "unlike to the network (0 = alike)")) if any(line.get(name) is not None for line in log)]
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), layout="constrained", squeeze=False)
     for axis, (name, label) in zip(axes[0], shown, strict=True):
-        for cfg in dict.fromkeys(line["cfg"] for line in log):
+        for number, cfg in enumerate(dict.fromkeys(line["cfg"] for line in log)):
             own = [line for line in log if line["cfg"] == cfg and line.get(name) is not None]
             if own:
-                axis.plot([line["iteration"] for line in own], [line[name] for line in own], "o-", label=f"cfg {cfg:g}")
+                axis.plot([line["iteration"] for line in own], [line[name] for line in own], "o-", color=f"C{number}", label=f"cfg {cfg:g}")
         axis.set(xlabel="optimiser steps", ylabel=label, ylim=(0, None))
         axis.legend()
         axis.grid(alpha=0.3)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
 from ..perception import NOISE, watched
+from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
 
 
@@ -74,7 +75,7 @@ class Session:
 
     def perceived(self, x: torch.Tensor, noise: torch.Tensor, item: torch.Tensor) -> list[torch.Tensor]:
         """What the blocks of the plain network put out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
-        sigma = NOISE / (1 + NOISE) if self.flow else NOISE
+        sigma = sigma_of(NOISE, self.flow)
         noised = self.sampling.noise_scaling(torch.tensor(sigma, device=x.device), noise, x)
         strength, self.patch.offsets.scale = self.patch.offsets.scale, 0.0
         try:

@@ -183,7 +183,7 @@ def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajecto
     """The patch's table after `distill` on pairs of one cfg."""
     patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
     denoise = lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
-    perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perception and cfg != 1 else None
+    perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perceives(cfg) else None
     best, tableau, state = distill(denoise, perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
     return replace(patch.table, guidance=[cfg], offsets={path: rows.detach().cpu()[None] for path, rows in best.items()},
                    learned=None if recipe.rows == "solver" else tableau.matrix[None], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))

@@ -1,6 +1,6 @@
 """How many network evaluations does a table cost? Error on unseen pairs over all that was spent: search, teacher, student, a backward pass one more; validation apart.
 
-A budget is divided as `divided` says; the gain is over the best named plain sampler, and the largest budget's is the whole.
+A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the largest budget's is the whole.
 """
 import argparse
 
@@ -30,7 +30,7 @@ from .parts import (
     train_embeddings,
     write_result,
 )
-from .peers.lab import Lab, branches
+from .peers.lab import Lab
 from .peers.methods import teacher_cost
 
 TEACHER_SHARE = 0.4  # of what is left after the search
@@ -48,18 +48,17 @@ def run(arguments: list[str]) -> dict:
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
     start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCH_PAIRS)))
-    shares = {budget: divided(budget - spent, branches(test), Recipe().perceives(told.cfg)) for budget in told.budgets}
-    most = max(pictures for pictures, _ in shares.values())
+    recipes = {budget: affordable(budget - spent, told.cfg) for budget in told.budgets}
+    most = max(recipe.pictures for recipe in recipes.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
     solver, grid = best_named(stage(folder, "named", named, seen, held_out))
     sampling = seen.model.get_model_object("model_sampling")
     plain = nrmse(ends_of(fresh, test, solver_tableau(solver, named_grids(sampling, STEPS)[grid], sampling)), test.end)
     rows = {"plain, best named": plain, f"searched, {spent}": nrmse(ends_of(fresh, test, start), test.end)}
     errors = {}
-    for budget, (pictures, iterations) in shares.items():
-        recipe = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), pictures=pictures, iterations=iterations)
-        made = stage(folder, f"table-{pictures}-{iterations}", train_embeddings, seen, recipe, start, pairs.part(slice(0, pictures)), held_out)
-        rows[f"{budget}: {pictures} pictures, {iterations} steps"] = nrmse(ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end)
+    for budget, recipe in recipes.items():
+        made = stage(folder, f"table-{recipe.pictures}-{recipe.iterations}", train_embeddings, seen, recipe, start, pairs.part(slice(0, recipe.pictures)), held_out)
+        rows[f"{budget}: {recipe.pictures} pictures, {recipe.iterations} steps"] = nrmse(ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end)
         errors[budget] = list(rows.values())[-1]["pooled"]
     for name, row in rows.items():
         print(error_line(name, row))
@@ -70,13 +69,14 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def divided(budget: int, each: int, perceives: bool) -> tuple[int, int]:
-    """(pictures, optimiser steps) for that many evaluations: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of the student's with its backward; one that
-    perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's; `each` = network evaluations of one picture's call."""
+def affordable(budget: int, cfg: float, seed: int = 0) -> Recipe:
+    """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of
+    the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
+    each, default = 1 if cfg == 1 else 2, Recipe()
     pictures = max(round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32, 32)
     left = budget - (pictures * TEACHER_STEPS + min(SOLVED, pictures) * STEPS) * each
-    step = Recipe().batch * (2 * STEPS * each + (3 * LATE if perceives else 0))
-    return pictures, max(int(left // step), 1)
+    step = default.batch * (2 * STEPS * each + (3 * LATE if default.perceives(cfg) else 0))
+    return Recipe(steps=STEPS, rows="all", guidance=(cfg,), pictures=pictures, iterations=max(int(left // step), 1), seed=seed)
 
 
 def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:

@@ -17,7 +17,7 @@ from mteo.recipe import Recipe
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories, follow
 from reference.objects import make_clip, make_model
-from reference.scenes import draw_names, prompts
+from reference.scenes import SIZE, draw_names, prompts
 from trainer.comfyui import empty_latent, encode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,9 +47,13 @@ class Parts:
 def parts(prompt_seed: int, count: int, unseen_pairs: bool, kind: str = "unet") -> Parts:
     """The reference model of that kind with `count` prompts; unseen_pairs: of drawings that its training never saw together."""
     with torch.inference_mode():
-        model, clip = make_model(kind), make_clip(kind)
-        texts = prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs))
-        return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, 64, 64))
+        return parts_of(make_model(kind), make_clip(kind), prompts(draw_names(count, torch.Generator().manual_seed(prompt_seed), unseen_pairs)))
+
+
+def parts_of(model, clip, texts: list[str], size: int = SIZE) -> Parts:
+    """A model with these prompts, for pictures of size × size pixels."""
+    with torch.inference_mode():
+        return Parts(model, [encode(clip, text) for text in texts], encode(clip, ""), empty_latent(model, size, size))
 
 
 def table_file(kind: str) -> Path:

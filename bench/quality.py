@@ -15,6 +15,7 @@ from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
+from .cost import SEARCH_PAIRS, affordable, searched
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
 from .parts import (
@@ -30,11 +31,12 @@ from .parts import (
     stage,
     table_file,
     teacher_pairs,
+    train_embeddings,
     write_result,
 )
 from .peers import methods
 
-FREE, MTEO, SFD = "plain with free grid and rows, 3", "MTEO, 3", "SFD"
+FREE, MTEO, EQUAL, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost, 3", "SFD"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
@@ -61,9 +63,9 @@ def run(arguments: list[str]) -> dict:
         sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
         result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
+    show(result)
     if told.cfg is not None:
         return {"cfg": told.cfg}
-    show(result)
     summary = keys_of(result, told.budgets)
     write_result(f"quality-{told.model}", dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
     plot(result, RESULTS / f"quality-{told.model}.png")
@@ -75,7 +77,7 @@ def planned(told, cfgs) -> int:
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (LEVELS**2 / 4 + TRIALS)
     one = round(sets + search)
-    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
+    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + told.peers + STEPS * told.count + told.bound + STEPS * told.count) if told.peers else 0
     return sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs)
 
 
@@ -98,16 +100,22 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
 
 
 def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Name -> end points of every peer with three evaluations, and of SFD; `plain`: errors of the named grids on validation pairs."""
+    """Name -> end points with three evaluations of a table that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs."""
+    kept = lambda name, make, *arguments: stage(folder, f"{name}-{seed}", make, *arguments)
     train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
-    sets = {}
-    for name in methods.NAMES:
-        trained = stage(folder, f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.train, seen, name, train, held_out, plain, told.peers, seed)
-        sets[f"{name}, 3"] = stage(folder, f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.ends_of, own, name, trained, pairs)
+    start, spent = stage(folder, f"peers-start-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCH_PAIRS)))
+    recipe = affordable(told.peers - spent, cfg, seed)
+    of_table = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
+    equal = kept(f"equal-{cfg:g}-{told.peers}", train_embeddings, seen, recipe, start, of_table, held_out)
+    sets = {EQUAL: kept(f"equal-ends-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)}
     sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
     through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
-    bound = stage(folder, f"bound-{cfg:g}-{told.bound}-{told.pairs}-{seed}", methods.fine_tune, seen, sigmas, through, held_out, told.bound, seed)
-    return sets | {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-{seed}", methods.fine_tuned_ends, own, bound, pairs)}
+    bound = kept(f"bound-{cfg:g}-{told.bound}-{told.pairs}", methods.fine_tune, seen, sigmas, through, held_out, told.bound, seed)
+    sets[f"{SFD}, 3"] = kept(f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}", methods.fine_tuned_ends, own, bound, pairs)
+    for name in methods.NAMES:
+        trained = kept(f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.train, seen, name, train, held_out, plain, told.peers, seed)
+        sets[f"{name}, 3"] = kept(f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.ends_of, own, name, trained, pairs)
+    return sets
 
 
 class Judge:
@@ -162,7 +170,7 @@ class Judge:
 
 def keys_of(result: dict, budgets: list[int]) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
-    Fréchet distance (0: of none); with peers the largest ratio to one that has no free first step, and the share of the way from the plain sampler to SFD."""
+    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them that has no free first step, and the share of the way from the plain sampler to SFD."""
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
@@ -173,7 +181,7 @@ def keys_of(result: dict, budgets: list[int]) -> dict:
             peers = [free, *(rows[f"{name}, 3"] for name in methods.NAMES if not name.endswith(methods.ANALYTIC))]
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 start, end = plain[STEPS][measure], mteo[measure]
-                own |= {f"vs_peers_{key}": max(end / row[measure] for row in peers), f"gap_closed_{key}": (start - end) / (start - bound[measure])}
+                own |= {f"vs_peers_{key}": max(rows[EQUAL][measure] / row[measure] for row in peers), f"gap_closed_{key}": (start - end) / (start - bound[measure])}
     lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
     names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum", "vs_peers_fd", "vs_peers_error")]
     worst = {name: (min if name in lowest else max)(own[name] for own in keys.values()) for name in names}

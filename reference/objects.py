@@ -1,5 +1,5 @@
 """MODEL, CLIP and VAE of the reference models, made so that stock CLIPTextEncode, KSampler, VAEDecode and VAEEncode take them."""
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import comfy.latent_formats
@@ -81,8 +81,7 @@ class ReferenceLatent(comfy.latent_formats.LatentFormat):
 
 
 @cache
-def _file(kind: str) -> dict[str, torch.Tensor]:
-    path = weights_file(kind)
+def _file(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"The reference model's weights {path.name} are missing: install the pack again.")
     with torch.inference_mode(False):
@@ -90,15 +89,16 @@ def _file(kind: str) -> dict[str, torch.Tensor]:
 
 
 def vae_numbers(kind: str) -> dict[str, torch.Tensor]:
-    return {name: _file(kind)[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
+    return {name: _file(weights_file(kind))[f"vae.{name}"].float() for name in ("basis", "mean", "scale")}
 
 
-def _weights(kind: str, part: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(f"{part}."): value.float() for name, value in _file(kind).items() if name.startswith(f"{part}.")}
+def _weights(path: Path, part: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{part}."): value.float() for name, value in _file(path).items() if name.startswith(f"{part}.")}
 
 
-def make_model(kind: str = "unet", disable_dynamic: bool = False):
-    """A MODEL in float32: "unet" (ε-prediction, SD1.x schedule, 32 × H/8 × W/8 latents) or "mmdit" (flow, SD3's shift of 3, 16 × H/4 × W/4)."""
+def make_model(kind: str = "unet", disable_dynamic: bool = False, weights: Path | None = None):
+    """A MODEL in float32: "unet" (ε-prediction, SD1.x schedule, 32 × H/8 × W/8 latents) or "mmdit" (flow, SD3's shift of 3, 16 × H/4 × W/4).
+    weights: a file that `reference.train` wrote for a fine-tune; None: what ships."""
     if kind == "unet":
         family = comfy.supported_models.SD15(dict(network.UNET, dtype=torch.float32))
         family.inpaint_model = lambda: False
@@ -106,21 +106,21 @@ def make_model(kind: str = "unet", disable_dynamic: bool = False):
         family = comfy.supported_models.SD3(dict(network.MMDIT, dtype=torch.float32))
     family.latent_format = ReferenceLatent(kind)
     model = family.get_model({}, "model.")
-    model.diffusion_model.load_state_dict(_weights(kind, kind))
+    model.diffusion_model.load_state_dict(_weights(weights or weights_file(kind), kind))
     core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     patcher = (comfy.model_patcher.ModelPatcher if disable_dynamic else core)(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
-    patcher.cached_patcher_init = (make_model, (kind,))  # in-graph training asks the patcher for a fresh copy of the model through this pair
+    patcher.cached_patcher_init = (partial(make_model, weights=weights), (kind,))  # in-graph training asks the patcher for a fresh copy of the model through this pair
     return patcher
 
 
-def make_clip(kind: str = "unet"):
-    """The text encoder as a CLIP: words of the vocabulary, "(word:1.3)" weights work."""
+def make_clip(kind: str = "unet", weights: Path | None = None):
+    """The text encoder as a CLIP: words of the vocabulary, "(word:1.3)" weights work. weights: as of `make_model`."""
     target = comfy.supported_models_base.ClipTarget(ReferenceTokenizer, ReferenceTextModel)
     target.params = {}
-    weights = _weights(kind, "text")
-    clip = comfy.sd.CLIP(target, parameters=sum(value.numel() for value in weights.values()))
+    own = _weights(weights or weights_file(kind), "text")
+    clip = comfy.sd.CLIP(target, parameters=sum(value.numel() for value in own.values()))
     model = clip.cond_stage_model
-    getattr(model, model.clip).transformer.load_state_dict(weights)
+    getattr(model, model.clip).transformer.load_state_dict(own)
     return clip
 
 

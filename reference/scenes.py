@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from .vocabulary import DRAWINGS
 
-SIZE = 64  # side of a scene in pixels
+SIZE = 64  # side of a scene in pixels, unless told
 SPRITE = 64  # side of a stored drawing in pixels
 FONT_PLACES = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
@@ -81,15 +81,15 @@ def prompts(names: torch.Tensor) -> list[str]:
     return [words[a] if b < 0 else f"{words[a]} and {words[b]}" for a, b in names.tolist()]
 
 
-def _background(count: int, generator: torch.Generator) -> torch.Tensor:
+def _background(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
     kind = torch.randint(len(BACKGROUNDS), (count,), generator=generator)
     horizon = 0.45 + 0.35 * torch.rand(count, generator=generator)
-    height = (torch.arange(SIZE) + 0.5) / SIZE
+    height = (torch.arange(size) + 0.5) / size
     below = torch.where((kind >= HORIZON_FROM)[:, None], ((height - horizon[:, None]) * 32).clamp(0, 1), height.expand(count, -1))
     top, bottom = BACKGROUNDS[kind, 0], BACKGROUNDS[kind, 1]
     rows = top[:, :, None] + (bottom - top)[:, :, None] * below[:, None]
     rows = rows + 0.04 * (torch.rand(count, 3, 1, generator=generator) - 0.5)
-    return rows.clamp(0, 1)[..., None].expand(-1, -1, -1, SIZE).contiguous()
+    return rows.clamp(0, 1)[..., None].expand(-1, -1, -1, size).contiguous()
 
 
 def _turn_hue(rgb: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
@@ -109,18 +109,18 @@ def _paste(scene: torch.Tensor, sprite: torch.Tensor, scale: torch.Tensor, centr
     # affine_grid maps scene coordinates (-1..1) to drawing coordinates: rotate, scale, flip about the centre.
     theta = torch.stack([torch.stack([flip * cos, flip * sin], 1), torch.stack([-sin, cos], 1)], 1)
     theta = torch.cat([theta, -(theta @ centre[:, :, None])], 2)
-    placed = F.grid_sample(sprite, F.affine_grid(theta, (count, 4, SIZE, SIZE), align_corners=False), align_corners=False)
+    placed = F.grid_sample(sprite, F.affine_grid(theta, (count, 4, *scene.shape[2:]), align_corners=False), align_corners=False)
     rgb = _turn_hue(placed[:, :3], (torch.rand(count, generator=generator) - 0.5) * 0.5)
     alpha = placed[:, 3:]
     return scene * (1 - alpha) + torch.minimum(rgb.clamp_min(0), alpha)
 
 
-def compose(names: torch.Tensor, sprites: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Scenes [B, 3, SIZE, SIZE] in -1..1 of the drawings `names` [B, 2]; all randomness is the generator's."""
+def compose(names: torch.Tensor, sprites: torch.Tensor, generator: torch.Generator, size: int = SIZE) -> torch.Tensor:
+    """Scenes [B, 3, size, size] in -1..1 of the drawings `names` [B, 2]; all randomness is the generator's."""
     count = len(names)
     uniform = lambda low, high: low + (high - low) * torch.rand(count, generator=generator)
     single = names[:, 1] < 0
-    scene = _background(count, generator)
+    scene = _background(count, size, generator)
     scale = torch.where(single, uniform(0.62, 0.92), uniform(0.44, 0.56))
     side = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
     room = (1 - scale).clamp_min(0)
@@ -129,3 +129,15 @@ def compose(names: torch.Tensor, sprites: torch.Tensor, generator: torch.Generat
     scene = _paste(scene, sprites[names[:, 0]], scale, first, generator)
     other = _paste(scene, sprites[names[:, 1].clamp_min(0)], uniform(0.44, 0.56), second, generator)
     return torch.where(single[:, None, None, None], scene, other).clamp(0, 1) * 2 - 1
+
+
+def ink(pictures: torch.Tensor) -> torch.Tensor:
+    """The same scenes [B, 3, H, W] in -1..1 in another style, for fine-tunes: dark lines where brightness changes, a light wash, on paper."""
+    grey = (pictures * torch.tensor([0.3, 0.59, 0.11]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    across, down = F.pad(grey.diff(dim=3), (0, 1)), F.pad(grey.diff(dim=2), (0, 0, 0, 1))
+    dark = 0.2 * (1 - grey) + 1.5 * (across.square() + down.square()).sqrt()
+    paper, stroke = torch.tensor([0.95, 0.9, 0.8]).view(1, 3, 1, 1), torch.tensor([-0.9, -0.85, -0.6]).view(1, 3, 1, 1)
+    return paper + (stroke - paper) * dark.clamp(0, 1)
+
+
+STYLES = {"colour": lambda pictures: pictures, "ink": ink}

@@ -115,10 +115,10 @@ def initialise(model: torch.nn.Module) -> None:
             torch.nn.init.normal_(module.weight, std=0.02 if "position" in name else 0.5)
 
 
-def batch_of(count, sprites, vae, pca, drop, generator):
+def batch_of(count, sprites, vae, pca, drop, generator, style="colour", size=scenes.SIZE):
     """Latents [B, C, H, W] of unit-like scale, tokens [B, LENGTH] and [B] whether the prompt is empty, as a share `drop` of them is."""
     names = scenes.draw_names(count, generator)
-    raw = vae.encode(scenes.compose(names, sprites, generator))
+    raw = vae.encode(scenes.STYLES[style](scenes.compose(names, sprites, generator, size)))
     texts = scenes.prompts(names)
     dropped = torch.rand(count, generator=generator) < drop
     tokens = torch.tensor([padded("" if gone else text) for text, gone in zip(texts, dropped.tolist(), strict=True)])
@@ -144,6 +144,8 @@ def main(arguments=None):
     parser.add_argument("--warm", type=int, default=20_000, help="images of linear warm-up")
     parser.add_argument("--ship-every", type=int, default=60_000, help="images between two writings of state and weights")
     parser.add_argument("--guidance", type=float, default=1.0, help="cfg that the answer to a prompt has in it when it is trained; 1: none")
+    parser.add_argument("--style", choices=scenes.STYLES, default="colour", help="other than colour: to fine-tune a copy of the weights")
+    parser.add_argument("--size", type=int, default=scenes.SIZE, help="side of a scene in pixels; other than the default: to fine-tune a copy of the weights")
     parser.add_argument("--compile", action="store_true", help="twice as fast where a C++ compiler is at hand")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
     options = parser.parse_args(arguments)
@@ -198,7 +200,7 @@ def main(arguments=None):
         shutil.copy(options.run / "log.jsonl", options.weights.with_suffix(".log.jsonl"))
 
     while seen < options.images and time.time() - started < 60 * options.minutes:
-        x, tokens, dropped = batch_of(options.batch, sprites, vae, pca, 0.1, generator)
+        x, tokens, dropped = batch_of(options.batch, sprites, vae, pca, 0.1, generator, options.style, options.size)
         noisy, t, target, weight = NOISED[options.model](x, generator)
         left = 1 - seen / options.images
         for optimiser, peak in zip(optimisers, peaks, strict=True):

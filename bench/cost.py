@@ -3,6 +3,7 @@
 A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the largest budget's is the whole.
 """
 import argparse
+from dataclasses import replace
 
 import torch
 
@@ -72,11 +73,12 @@ def run(arguments: list[str]) -> dict:
 def affordable(budget: int, cfg: float, seed: int = 0) -> Recipe:
     """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of
     the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
-    each, default = 1 if cfg == 1 else 2, Recipe()
-    pictures = max(round(TEACHER_SHARE * budget / (TEACHER_STEPS * each) / 32) * 32, 32)
-    left = budget - (pictures * TEACHER_STEPS + min(SOLVED, pictures) * STEPS) * each
-    step = default.batch * (2 * STEPS * each + (3 * LATE if default.perceives(cfg) else 0))
-    return Recipe(steps=STEPS, rows="all", guidance=(cfg,), pictures=pictures, iterations=max(int(left // step), 1), seed=seed)
+    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), seed=seed)
+    teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
+    pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
+    left = budget - pictures * teacher - min(SOLVED, pictures) * student
+    step = recipe.batch * (2 * student + (3 * LATE if recipe.perceives(cfg) else 0))
+    return replace(recipe, pictures=pictures, iterations=max(int(left // step), 1))
 
 
 def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:
@@ -85,7 +87,7 @@ def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:
     def work(session):
         lab = Lab(session)
         with torch.no_grad():
-            [found] = search_grid([Plain(lab.denoise, pairs)], STEPS, lab.sigma_max, session.flow)
+            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], STEPS, lab.sigma_max, session.flow)
         return found, lab.spent + teacher_cost(pairs)
 
     return seen.session(work)

@@ -10,7 +10,7 @@ import torch
 
 from mteo.comfyui.session import is_flow, private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
-from mteo.comfyui.training import karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
+from mteo.comfyui.training import denoise_of, karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import Plain
 from mteo.recipe import Recipe
@@ -61,6 +61,11 @@ def table_file(kind: str) -> Path:
     return ROOT / "reference" / "tables" / {"unet": "reference-3steps.safetensors", "mmdit": "reference-mmdit-3steps.safetensors"}[kind]
 
 
+def guided_table_file(kind: str) -> Path | None:
+    """The one that guides in its first steps only, where there is one."""
+    return ROOT / "reference" / "tables" / "reference-5steps-guided1.safetensors" if kind == "unet" else None
+
+
 def name_of(file: Path) -> str:
     """A short name of a file's content: what was made from another one has another name."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
@@ -99,12 +104,13 @@ def stage(folder: Path, name: str, make, *arguments):
     return torch.load(path, weights_only=False)
 
 
-def batched(session, pairs: Trajectories):
-    """denoise(x, sigma) over all pairs in batches, without gradient."""
+def batched(session, pairs: Trajectories, alone=()):
+    """denoise(x, call, sigma) over all pairs in batches, without gradient; the calls `alone` ask for the prompt alone."""
+    one = denoise_of(session, alone)
 
-    def denoise(x, sigma):
+    def denoise(x, call, sigma):
         with torch.no_grad():
-            return torch.cat([session.denoise(x[i : i + BATCH], sigma, pairs.item[i : i + BATCH], pairs.guidance[i : i + BATCH]) for i in range(0, len(x), BATCH)])
+            return torch.cat([one(x[i : i + BATCH], call, sigma, pairs.part(slice(i, i + BATCH))) for i in range(0, len(x), BATCH)])
 
     return denoise
 
@@ -117,7 +123,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
         start = session.start(session.noise(count, seed), session.sampling.sigma_max)
         denoise = batched(session, Trajectories(start, start[:, :0], start, item, guidance))
         sigmas = refined_of(session, through, steps) if through else karras_of(session, steps)
-        states, end = follow(teacher_tableau(session, sigmas), lambda x, call, sigma: denoise(x, sigma), start, through)
+        states, end = follow(teacher_tableau(session, sigmas), denoise, start, through)
         return Trajectories(start, states, end, item, guidance)
 
     return own.session(work)
@@ -126,7 +132,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
 def untrained(seen: Parts, recipe: Recipe, tableau: Tableau) -> Embeddings:
     """Zero offsets for a solver's table; the recipe says of how many steps and where they act."""
     sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
-    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, sigmas, recipe.solver, tableau)
+    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, sigmas, recipe.solver, tableau, recipe.guided_rows)
     return Embeddings({recipe.steps: table}, recipe.space)
 
 
@@ -143,15 +149,14 @@ def ends_of(own: Parts, pairs: Trajectories, tableau: Tableau, embeddings: Embed
     def work(session):
         if session.patch:
             session.patch.at(float(pairs.guidance[0]))
-        denoise = batched(session, pairs)
-        return execute(tableau, lambda x, call, sigma: denoise(x, sigma), pairs.start)
+        return execute(tableau, batched(session, pairs, session.patch.table.alone if session.patch else ()), pairs.start)
 
     return own.session(work, embeddings)
 
 
-def calls_of(session, pairs: Trajectories) -> Plain:
+def calls_of(session, pairs: Trajectories, alone=()) -> Plain:
     """Samplers run on these pairs as tables, their calls remembered."""
-    return Plain(lambda x, sigma, part: batched(session, part)(x, sigma), pairs)
+    return Plain(lambda x, call, sigma, part: batched(session, part, alone)(x, call, sigma), pairs)
 
 
 def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:

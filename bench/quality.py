@@ -23,6 +23,7 @@ from .parts import (
     ROOT,
     TEACHER_STEPS,
     ends_of,
+    guided_table_file,
     name_of,
     name_of_tensor,
     named_grids,
@@ -36,7 +37,7 @@ from .parts import (
 )
 from .peers import methods
 
-FREE, MTEO, EQUAL, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost, 3", "SFD"
+FREE, MTEO, EQUAL, GUIDED, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost, 3", "MTEO, 5 guided in the first", "SFD"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
@@ -96,6 +97,9 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     if told.peers:
         sets |= peers_of(folder, own, seen, told, stage(folder, f"named-{STEPS}-{cfg:g}", named, choosing, validation, STEPS), pairs, cfg)
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
+    if cfg != 1 and (file := guided_table_file(told.model)):
+        guided = load_embeddings(file)
+        sets[GUIDED] = stage(folder, f"guided-{cfg:g}-{name_of(file)}", ends_of, own, pairs, min(guided.tables.values(), key=lambda table: table.steps).tableau_at(cfg), guided)
     return sets
 
 
@@ -171,12 +175,17 @@ class Judge:
 def keys_of(result: dict, budgets: list[int]) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
     Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them that has no free first step, and the share of the way from the plain sampler to SFD."""
+    def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
+        matched = max((steps for steps in plain if all(other["fd"] >= row["fd"] for fewer, other in plain.items() if fewer <= steps)), default=0)
+        return dict(plain_steps_matched=matched, diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
+
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
         plain = {steps: next(row for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
-        keys[cfg] = own = dict(plain_steps_matched=max((steps for steps in plain if all(row["fd"] >= mteo["fd"] for fewer, row in plain.items() if fewer <= steps)), default=0), diversity=mteo["diversity"] / teacher["diversity"],
-                               recall=mteo["recall"] / teacher["recall"], spectrum=mteo["spectrum"], fd=mteo["fd"], fd_floor=teacher["fd"], fd_free_3=free["fd"])
+        keys[cfg] = own = of_set(mteo, teacher, plain) | dict(fd_floor=teacher["fd"], fd_free_3=free["fd"])
+        if guided := rows.get(GUIDED):
+            own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, plain).items()}
         if bound := rows.get(f"{SFD}, 3"):
             peers = [free, *(rows[f"{name}, 3"] for name in methods.NAMES if not name.endswith(methods.ANALYTIC))]
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
@@ -208,8 +217,8 @@ def plot(result: dict, path: Path) -> None:
             line = {int(name.split(",")[0].removeprefix("plain ")): max(row[measure] - floor, 1e-4) for name, row in rows.items() if name.startswith("plain ") and name != FREE}
             axis.plot(list(line), list(line.values()), "o-", color="0.5", label="best named plain sampler")
             for name, row in rows.items():
-                if name.endswith(f", {STEPS}"):
-                    axis.plot(STEPS, max(row[measure] - floor, 1e-4), "*" if name == MTEO else "x", markersize=14 if name == MTEO else 7, label=name.removesuffix(f", {STEPS}"))
+                if name.endswith(f", {STEPS}") or name == GUIDED:
+                    axis.plot(STEPS, max(row[measure] - floor, 1e-4), "*" if name in (MTEO, GUIDED) else "x", markersize=14 if name in (MTEO, GUIDED) else 7, label=name.removesuffix(f", {STEPS}"))
             axis.set(title=cfg, xlabel="evaluations" if cfg == "cfg 1" else "pairs of evaluations", ylabel=label, yscale="log")
             axis.grid(alpha=0.3)
     axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

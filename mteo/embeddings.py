@@ -12,9 +12,10 @@ from safetensors.torch import save
 
 from .errors import MTEOError
 from .sites import SPACES
-from .tableau import Tableau, make_tableau, with_matrix
+from .tableau import MAX_CALLS, Tableau, make_tableau, with_matrix
 
-FORMAT = 2
+FORMAT = 3
+STORED = torch.float16  # of the rows in a file: half a thousandth of a number is lost
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Table:
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients. guidance: the G cfg values, rising.
     offsets: site path -> [G, R, D]. learned: the solver's coefficients as sampled [G, N+1, N+1], None = its own. record: how it was trained (JSON).
+    guided: the first rows, which evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """
 
     steps: int
@@ -36,6 +38,12 @@ class Table:
     learned: torch.Tensor | None = None
     solver_options: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
+    guided: int = MAX_CALLS
+
+    @property
+    def alone(self) -> list[int]:
+        """The calls of the solver that evaluate the prompt alone."""
+        return [call for call, row in enumerate(self.tableau.rows) if row >= self.guided]
 
     def shares(self, cfg: float) -> torch.Tensor:
         """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours; 1 at a trained value."""
@@ -65,17 +73,22 @@ class Embeddings:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+def as_stored(rows: torch.Tensor) -> torch.Tensor:
+    """What a file keeps of rows, as float32 on the processor: a trained table is the same before and after it was written."""
+    return rows.detach().cpu().to(STORED).float()
+
+
 def save_embeddings(embeddings: Embeddings, path: Path) -> None:
     """Write the file under a temporary name, then rename. The same embeddings give the same bytes."""
     path, tensors, about = Path(path), {}, {}
     for steps, table in sorted(embeddings.tables.items()):
         for site, rows in table.offsets.items():
-            tensors[f"{steps}.{site}"] = rows.detach().cpu().float().contiguous()
+            tensors[f"{steps}.{site}"] = rows.detach().cpu().to(STORED).contiguous()
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
         if table.learned is not None:
             tensors[f"{steps}.solver.learned"] = table.learned.cpu().double().contiguous()
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
-        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance,
+        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance, guided=table.guided,
                                  solver_options=table.solver_options, record=table.record)
     header = {
         **embeddings.metadata,
@@ -153,7 +166,7 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     for site, value in own.items():
         if value.dim() != 3 or value.shape[:2] != (len(guidance), rows):
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")
-    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, own, learned, facts["solver_options"], facts["record"])
+    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, {site: value.float() for site, value in own.items()}, learned, facts["solver_options"], facts["record"], int(facts["guided"]))
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

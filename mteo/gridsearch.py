@@ -52,7 +52,7 @@ def multistep_tableau(grid: torch.Tensor) -> Tableau:
 
 
 class Plain:
-    """Calls of the plain model on the same pairs, each made once; denoise(x, sigma, pairs) -> D."""
+    """Calls of the plain model on the same pairs, each made once; denoise(x, call, sigma, pairs) -> D."""
 
     def __init__(self, denoise, pairs: Trajectories):
         self.denoise, self.pairs, self.known = denoise, pairs, {}
@@ -64,7 +64,7 @@ class Plain:
             past = (*past, round(sigma, 7), *(round(value, 9) for value in tableau.matrix[call].tolist()))
             denoised = self.known.get(past)
             if denoised is None:
-                denoised = self.denoise(combine(tableau.matrix[call], terms), sigma, self.pairs)
+                denoised = self.denoise(combine(tableau.matrix[call], terms), call, sigma, self.pairs)
                 if call + 1 < len(tableau.sigmas) and len(self.known) < 64:
                     self.known[past] = denoised
             terms.append(denoised)

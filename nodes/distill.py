@@ -57,15 +57,17 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train, for each cfg value: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
                 io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
+                io.Int.Input("guided_steps", optional=True, default=16, min=0, max=16, tooltip="How many of the first steps evaluate the negative prompt and cfg, two evaluations each. Later steps evaluate the prompt alone, "
+                             "one evaluation, and the table stands in for the guidance. 0 = none of them, as many as steps or more = all."),
             ],
             outputs=[MTEOEmbeddings.Output(display_name="embeddings"), io.Image.Output(display_name="sheet"), io.Custom("LOSS_MAP").Output(display_name="loss")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None):
+    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None, guided_steps=(16,)):
         model = model[0]
         size = samples_for(model, latent_image[0])
-        recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), seed=seed[0], **BUDGETS[budget[0]])
+        recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), guided=guided_steps[0], seed=seed[0], **BUDGETS[budget[0]])
         prompts = list(positive)
         folder = run_folder(model, recipe, prompts, negative[0], size, sampler)
         progress = Progress(model)

@@ -209,3 +209,17 @@ def test_what_is_nearest_on_average_lacks_the_energy_of_its_error():
     energy, error = nearest.square().mean(), (nearest.flatten() - end.flatten()).square().mean()
     assert float(energy + error) == pytest.approx(float(end.square().mean()), rel=1e-6) and error > 0.02 * energy
     assert nearest.view_as(end).var(0).sum() < end.var(0).sum()
+
+
+def test_guidance_is_at_work_only_while_the_class_is_open():
+    """§9: what the pair adds, D_cond − D_uncond, on the guided path of each picture: all of it at noise that hides the class, none where the class can be seen."""
+    whole = Mixture()
+    alone = Mixture()
+    alone.means = whole.means[:3]  # the prompt: one of these modes
+    x, levels, added = alone.start(512, GRID[0]), (GRID[0] * (0.05 / GRID[0]) ** torch.linspace(0, 1, 201, dtype=torch.float64)).tolist(), {}
+    for high, low in itertools.pairwise(levels):
+        cond, plain = alone.denoise(x, high), whole.denoise(x, high)
+        added[high] = float((cond - plain).square().sum(1).mean().sqrt())
+        x = low / high * x + (1 - low / high) * (plain + 4 * (cond - plain))
+    figures = [added[min(added, key=lambda own, sigma=sigma: abs(own - sigma))] for sigma in (10, 3, 1, 0.3, 0.1)]
+    assert figures == pytest.approx([0.34, 0.44, 0.25, 0.001, 0.0], abs=6e-3)

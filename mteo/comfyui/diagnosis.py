@@ -1,5 +1,6 @@
 """Is a model worth distilling, and what helps it? Measured on a few dozen teacher trajectories before any training; and of a trained table, where the rest lies."""
 from dataclasses import dataclass, field
+from functools import partial
 
 import comfy.samplers
 import torch
@@ -13,7 +14,7 @@ from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
 from .session import Session, private_copy, run_session, training_mode
 from .solver import read_tableau
-from .training import SEARCH, gather, karras_of, named_grid, refined_of, teacher_tableau, untrained_table, with_table
+from .training import SEARCH, denoise_of, gather, karras_of, named_grid, refined_of, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
 
@@ -45,7 +46,7 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
         private = private_copy(model)
         for number, cfg in enumerate(recipe.guidance):
             pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
-            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau)
+            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided_rows)
             patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
             share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, t, q, progress))
             last = list(own["errors"].values())[-1]
@@ -59,19 +60,15 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
     return found
 
 
-def denoise_of(session: Session, pairs: Trajectories):
-    return lambda x, call, sigma: session.denoise(x, sigma, pairs.item, pairs.guidance)
-
-
 @torch.no_grad()
 def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, prompts: int, progress) -> tuple[Trajectories, Tableau, dict]:
     """(the pairs, the tableau that offsets are added to, its σ and the errors so far)."""
     pairs = gather(session, teacher_tableau(session, karras_of(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
     few = pairs.part(slice(0, 16))
-    finer = execute(teacher_tableau(session, karras_of(session, 2 * recipe.teacher_steps)), denoise_of(session, few), few.start)
+    finer = execute(teacher_tableau(session, karras_of(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
     spread, free = float(pairs.end.double().std()), recipe.grid == FREE
     root = lambda squares: float(squares.mean().sqrt()) / spread
-    plain = Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), pairs)
+    plain = Plain(denoise_of(session, range(recipe.guided, recipe.steps)), pairs)
     sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
     tableau = read_tableau(comfy.samplers.sampler_object(name), sigmas, session.sampling, name)
     terms = plain.terms(tableau)
@@ -89,7 +86,7 @@ def of_offsets(session: Session, patch, tableau: Tableau, pairs: Trajectories, p
     def ends(part: torch.Tensor, offsets: dict[str, torch.Tensor]) -> torch.Tensor:
         patch.offsets.replace(offsets)
         own = pairs.part(part)
-        return execute(tableau, denoise_of(session, own), own.start)
+        return execute(tableau, partial(denoise_of(session, patch.table.alone), batch=own), own.start)
 
     zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
     return offsets_share(ends, zero, pairs.end, progress=progress)
@@ -99,12 +96,12 @@ def of_offsets(session: Session, patch, tableau: Tableau, pairs: Trajectories, p
 def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagnosis: Diagnosis) -> None:
     """Fill in what the table does on the pairs."""
     patch.at(diagnosis.cfg)
-    table, denoise = patch.table, denoise_of(session, pairs)
+    table = patch.table
     tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
     patch.offsets.scale = 0.0
-    wanted, _ = follow(teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps)), denoise, pairs.start, table.sigmas)
+    wanted, _ = follow(teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, table.sigmas)
     patch.offsets.scale = 1.0
-    states, end = follow(tableau, denoise, pairs.start, table.sigmas)
+    states, end = follow(tableau, partial(denoise_of(session, table.alone), batch=pairs), pairs.start, table.sigmas)
     errors = (states - wanted).double().square().mean((0, *range(2, states.dim()))).sqrt() / spread
     diagnosis.states = dict(zip(table.sigmas[1:-1], errors.tolist(), strict=True))
     diagnosis.table = diagnosis.states[0.0] = nrmse(end, pairs.end)["pooled"]

@@ -7,6 +7,7 @@ model that is being sampled [1]. Hooks are put on at the first evaluation, as Co
 import logging
 from bisect import bisect_left
 
+import comfy.samplers
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
@@ -14,7 +15,7 @@ from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
 from ..fingerprint import difference, fingerprint, verdict
 from ..injection import Offsets, attach, detach, find_modules
-from .solver import cfg_of, read_tableau, sampler_name
+from .solver import OWN, cfg_of, read_tableau, sampler_name
 
 KEY = "mteo"
 KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
@@ -111,6 +112,7 @@ class Patch:
                 require_schedule(self.table, sigmas)
                 require_timesteps(self.table, sampling)
                 require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
+                require_guider(self.table, guider)
                 self.passed = asked
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -165,6 +167,8 @@ def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor,
     """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's at `cfg`."""
     own = sampler_name(sampler)
     wrong = MTEOError(f"The sampler {own} is not the one this table was trained for, {table.solver}: connect the SAMPLER output of Apply MTEO to the sampler node.")
+    if table.alone and own != OWN:
+        raise wrong
     try:
         asked = read_tableau(sampler, sigmas, sampling, own, cfg)
     except MTEOError as error:
@@ -175,6 +179,12 @@ def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor,
         raise wrong
 
 
+def require_guider(table: Table, guider) -> None:
+    """MTEOError where some calls ask for the prompt alone and the guider has another rule than one cfg for two branches."""
+    if table.alone and type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        raise MTEOError(f"This table guides in its first steps only, which {type(guider).__name__} cannot: use MTEO KSampler, SamplerCustom or CFGGuider.")
+
+
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
     """(A clone of MODEL that reads the table for `steps`, the table); steps 0 = the file's smallest.
 
@@ -183,6 +193,8 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     width, or the model is not the one (or a sibling of the one) that the table was made for.
     """
     table = choose_table(embeddings, steps)
+    if table.alone and off_grid in ("interpolate", "nearest"):
+        raise MTEOError(f"This table guides in its first steps only, so that it works with its own sampler and sigmas: set off_grid to error, not {off_grid}.")
     patch = Patch(table, embeddings.space, strength, off_grid)
     patch.find(model.model.diffusion_model)
     require_model(model, embeddings)

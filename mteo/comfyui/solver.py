@@ -1,4 +1,7 @@
 """ComfyUI's samplers read as tables of coefficients, and a ComfyUI sampler that executes such a table."""
+from collections.abc import Sequence
+from contextlib import contextmanager
+
 import comfy.samplers
 import torch
 from tqdm.auto import trange
@@ -6,6 +9,8 @@ from tqdm.auto import trange
 from ..embeddings import Table
 from ..errors import MTEOError
 from ..tableau import Tableau, combine, probe
+
+OWN = "mteo"  # the name of a SAMPLER that runs a table of coefficients
 
 
 class _ProbeModel:
@@ -57,11 +62,13 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
     return probe(run, sigmas, name)
 
 
-def tableau_sampler(tableau_at) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider). It stops where `sigmas` stops."""
+def tableau_sampler(tableau_at, alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops where `sigmas` stops."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        tableau = tableau_at(cfg_of(model.inner_model))
+        guider = model.inner_model
+        cfg = cfg_of(guider)
+        tableau = tableau_at(cfg)
         last, ones = float(sigmas[-1]), x.new_ones(len(x))
         calls = next((call for call, sigma in enumerate(tableau.sigmas.tolist()) if sigma <= last * (1 + 1e-4)), len(tableau.sigmas))
         terms, matrix = [x], tableau.matrix
@@ -69,7 +76,8 @@ def tableau_sampler(tableau_at) -> comfy.samplers.KSAMPLER:
         for call in trange(calls, disable=disable):
             sigma = tableau.sigmas[call].to(x)
             x = combine(matrix[call], terms)
-            terms.append(model(x, sigma * ones, **(extra_args or {})))
+            with guided_by(guider, 1.0 if call in alone else cfg):
+                terms.append(model(x, sigma * ones, **(extra_args or {})))
             if callback is not None:
                 callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": terms[-1], "steps": calls})
         return combine(matrix[calls], terms)
@@ -77,8 +85,22 @@ def tableau_sampler(tableau_at) -> comfy.samplers.KSAMPLER:
     return comfy.samplers.KSAMPLER(sample_mteo)
 
 
+@contextmanager
+def guided_by(guider, cfg: float):
+    """Inside, the guider has this cfg."""
+    before = cfg_of(guider)
+    if cfg == before:
+        yield
+        return
+    guider.cfg = cfg
+    try:
+        yield
+    finally:
+        guider.cfg = before
+
+
 def table_sampler(table: Table, strength: float = 1.0) -> comfy.samplers.KSAMPLER:
-    """The SAMPLER of a table: the named one where nothing was learned of it, else one that executes its coefficients."""
-    if table.learned is not None or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
-        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength))
+    """The SAMPLER of a table: the named one where nothing was learned of it and all calls are guided, else one that executes its coefficients."""
+    if table.learned is not None or table.alone or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
+        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.alone if strength else ())
     return comfy.samplers.sampler_object(table.solver)

@@ -3,6 +3,7 @@
 The node and the headless trainer both call `distill_model`.
 """
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,13 @@ import comfy.samplers
 import torch
 
 from ..distill import State, distill, load_state, save_state
-from ..embeddings import Embeddings, Table, load_embeddings, save_embeddings
+from ..embeddings import Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
 from ..gridsearch import Plain, no_progress, refine, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_family, find_sites
-from ..tableau import Tableau, euler_tableau, execute
+from ..tableau import MAX_CALLS, Tableau, euler_tableau, execute
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
 from .patch import KEY, apply_embeddings, model_fingerprint
@@ -90,11 +91,20 @@ def with_table(private, embeddings: Embeddings, steps: int = 0):
     return patched, patched.get_attachment(KEY)
 
 
-def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau) -> Table:
-    """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model."""
+def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau, guided: int = MAX_CALLS) -> Table:
+    """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model, whose first `guided` rows evaluate the cfg pair."""
     offsets = {site.path: torch.zeros(1, len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
     timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
-    return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets)
+    return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets, guided=guided)
+
+
+def denoise_of(session: Session, alone: Sequence[int] = ()):
+    """denoise(x, call, sigma, batch) -> D of a solver on the session's model, each picture with its prompt and cfg; the calls `alone` ask for the prompt alone."""
+
+    def denoise(x: torch.Tensor, call: int, sigma: float, batch: Trajectories) -> torch.Tensor:
+        return session.denoise(x, sigma, batch.item, torch.ones_like(batch.guidance) if call in alone else batch.guidance)
+
+    return denoise
 
 
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
@@ -104,17 +114,17 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
         told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
         pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(64, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
-        plains = [Plain(lambda x, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance), own) for own in pairs]
+        plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
         with torch.no_grad():
             found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
             if recipe.rows == "all":  # one grid for all cfg values, coefficients for each
-                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
+                found = [refine(plain, own, 60 * recipe.steps, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
         grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)
     else:
         base = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
-    table = untrained_table(network, session.sampling, recipe.space, grid, name, base)
+    table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:
         table.guidance, table.learned = sorted(recipe.guidance), torch.stack([own.matrix for own in found])  # training starts from the rows that were found
@@ -149,7 +159,7 @@ def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, n
             guidance = torch.full((size,), cfg, dtype=torch.float64)
             start = session.start(session.noise(size, (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63), teacher.sigmas[0])
             with torch.no_grad():
-                states, end = follow(teacher, lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g), start, [] if student_sigmas is None else student_sigmas)
+                states, end = follow(teacher, partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)), start, [] if student_sigmas is None else student_sigmas)
             part = Trajectories(start, states, end, item, guidance)
             if store:
                 store.write_chunk(stream, number, chunk, part)
@@ -171,7 +181,7 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
         store.write_state(number, state)
         with torch.no_grad():
             one = held_out.part(slice(0, 1))
-            picture = execute(patch.table.tableau_at(recipe.guidance[number]), lambda x, call, sigma: session.denoise(x, sigma, one.item, one.guidance), one.start)
+            picture = execute(patch.table.tableau_at(recipe.guidance[number]), partial(denoise_of(session, patch.table.alone), batch=one), one.start)
         progress("training", state.iteration, total, picture=picture, **line)
 
     table = trained(session, patch, recipe, recipe.guidance[number], pairs, held_out, store.read_state(number, session.device), told)
@@ -182,10 +192,9 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
 def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajectories, held_out: Trajectories, state: State | None, progress) -> Table:
     """The patch's table after `distill` on pairs of one cfg."""
     patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
-    denoise = lambda x, call, sigma, batch: session.denoise(x, sigma, batch.item, batch.guidance)
     perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perceives(cfg) else None
-    best, tableau, state = distill(denoise, perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
-    return replace(patch.table, guidance=[cfg], offsets={path: rows.detach().cpu()[None] for path, rows in best.items()},
+    best, tableau, state = distill(denoise_of(session, patch.table.alone), perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
+    return replace(patch.table, guidance=[cfg], offsets={path: as_stored(rows)[None] for path, rows in best.items()},
                    learned=None if recipe.rows == "solver" else tableau.matrix[None], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))
 
 
@@ -215,10 +224,10 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
         item = torch.arange(begin, min(begin + CHUNK, count)) % prompts
         guidance = torch.full((len(item),), cfg, dtype=torch.float64)
         start = session.start(noise[begin : begin + CHUNK], torch.tensor(table.sigmas[0]))
-        denoise = lambda x, call, sigma, i=item, g=guidance: session.denoise(x, sigma, i, g)
-        for name, tableau, strength in (("teacher", fine, 0.0), ("plain", table.tableau, 0.0), ("mteo", table.tableau_at(cfg), 1.0)):
+        part = Trajectories(start, start[:, :0], start, item, guidance)
+        for name, tableau, strength, alone in (("teacher", fine, 0.0, ()), ("plain", table.tableau, 0.0, ()), ("mteo", table.tableau_at(cfg), 1.0, table.alone)):
             patch.offsets.scale = strength
-            made[name].append(session.out(execute(tableau, denoise, start)))
+            made[name].append(session.out(execute(tableau, partial(denoise_of(session, alone), batch=part), start)))
     return {name: torch.cat(parts) for name, parts in made.items()}
 
 

@@ -23,7 +23,7 @@ SAME = ("euler", "ipndm", "dpmpp_2m")
 CFGS, BETWEEN = (1.0, 4.0), 2.5  # a table is trained at the first two
 STEPS = 3
 SHIPPED, NAMED, FREE = "offsets with rows, free grid", "plain, best named: ", "plain, free "
-TRIALS = 180  # of σ and coefficients for the rival, the same number that a recipe with a free grid takes for three steps
+TRIALS = 180  # of σ and coefficients for the rival, the same number that a recipe with a free grid takes
 
 
 def run(arguments: list[str]) -> dict:

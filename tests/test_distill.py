@@ -157,7 +157,7 @@ def test_the_file_is_small_and_says_how_it_was_made(distilled):
     from mteo.embeddings import load_embeddings
 
     path = distilled[0] / "table.safetensors"
-    assert path.stat().st_size <= 300_000 and load_embeddings(path).tables[3].guidance == [1.0, 4.0]
+    assert path.stat().st_size <= 200_000 and load_embeddings(path).tables[3].guidance == [1.0, 4.0]
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["mteo.tables"])
     assert about["3"]["record"]["recipe"]["guidance"] == [1.0, 4.0]

@@ -117,8 +117,8 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
         with torch.no_grad():
             found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
-            if recipe.rows == "all":  # one grid for all cfg values, coefficients for each
-                found = [refine(plain, own, 60 * recipe.steps, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
+            if recipe.rows == "all" and recipe.steps <= 3:  # one grid for all cfg values, coefficients for each; of more of them so few trials find nothing
+                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
         grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)

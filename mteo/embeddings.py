@@ -15,7 +15,7 @@ from .sites import SPACES
 from .tableau import MAX_CALLS, Tableau, make_tableau, with_matrix
 
 FORMAT = 3
-STORED = torch.float16  # of the rows in a file: half a thousandth of a number is lost
+STORED = torch.float16  # of the rows in a file: eleven binary digits of each number
 
 
 @dataclass

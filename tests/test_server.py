@@ -24,7 +24,6 @@ def server(comfyui_root, tmp_path_factory):
     running = Server(comfyui_root, base, PACK)
     models = base / "models" / "mteo"
     save_embeddings(embeddings(SITE), models / "zero.safetensors")
-    save_embeddings(embeddings("joint_blocks.0.x_block.adaLN_modulation.1"), models / "architecture.safetensors")
     save_embeddings(embeddings(SITE, {"fingerprint": {SITE: [1.0] * 64}}), models / "model.safetensors")
     whole = (models / "zero.safetensors").read_bytes()
     (models / "cut.safetensors").write_bytes(whole[:-100])
@@ -52,9 +51,9 @@ def api(name: str) -> dict:
     return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
 
 
-def graph(**changes) -> dict:
-    """The sampling template, with some of its inputs changed: node__input=value."""
-    changed = api("mteo_sample_3_steps")
+def graph(template: str = "mteo_sample_3_steps", **changes) -> dict:
+    """A sampling template, with some of its inputs changed: node__input=value."""
+    changed = api(template)
     for name, value in changes.items():
         number, field = name.removeprefix("n").split("__")
         changed[number]["inputs"][field] = value
@@ -111,13 +110,15 @@ def test_a_template_is_its_api_copy_and_has_a_picture(objects, path):
     assert Image.open(path.with_suffix(".jpg")).width >= 256
 
 
-def test_the_sampling_template_gives_pictures_and_previews(server):
-    entry, messages = server.watch(graph())
+@pytest.mark.parametrize("template", ["mteo_sample_3_steps", "mteo_sample_3_steps_mmdit", "mteo_sample_5_steps_guided_first"])
+def test_a_sampling_template_gives_pictures_and_previews(server, template):
+    entry, messages = server.watch(graph(template))
     made = pictures(server, entry, "9")
     assert len(made) == 4 and all(one.size == (256, 256) and len(one.getcolors(1 << 20)) > 1000 for one in made)
     previews = [message for message in messages if isinstance(message, bytes)]
     steps = [message["data"] for message in messages if isinstance(message, dict) and message["type"] == "progress"]
-    assert len(previews) == 3 and [step["value"] for step in steps] == [1, 2, 3]
+    total = int(template.split("_")[2])
+    assert len(previews) == total and [step["value"] for step in steps] == list(range(1, total + 1))
 
 
 def test_the_ksampler_is_apply_with_a_custom_sampler(server):
@@ -143,7 +144,7 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
 
     sheet = pictures(server, server.queue(compare), "16")[0]
     assert {path: path.stat().st_mtime_ns for path in chunks} == chunks and list((server.base / "output" / "mteo").iterdir()) == folders
-    assert (folders[0] / "table.safetensors").stat().st_size <= 300_000
+    assert (folders[0] / "table.safetensors").stat().st_size <= 200_000
     assert sorted((server.base / "models" / "mteo").glob("my_table*"))[0].read_bytes() == (folders[0] / "table.safetensors").read_bytes()
     teacher, plain, mteo = (torch.frombuffer(bytearray(sheet.crop((x, 0, x + 256, 256)).tobytes()), dtype=torch.uint8).float() for x in (0, 264, 528))
     assert sheet.size == (784, 256) and (mteo - teacher).square().mean() < (plain - teacher).square().mean()
@@ -151,7 +152,7 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
 
 ERRORS = {
     "another model": (dict(n5__embeddings_name="model.safetensors"), "distilled for another model"),
-    "another architecture": (dict(n5__embeddings_name="architecture.safetensors"), "another architecture: the model has no layer joint_blocks.0"),
+    "another architecture": (dict(n5__embeddings_name="reference-mmdit-3steps.safetensors"), "another architecture: the model has no layer joint_blocks.0"),
     "a truncated file": (dict(n5__embeddings_name="cut.safetensors"), "cut.safetensors cannot be read, it is cut off"),
     "a NaN": (dict(n5__embeddings_name="nan.safetensors"), f"nan.safetensors has values in 3.{SITE} that are not finite"),
     "steps that the file lacks": (dict(n6__steps=5), "no table for 5 steps: they hold 3"),

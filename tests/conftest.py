@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,3 +22,15 @@ def comfyui_root() -> Path:
 
     sys.argv = own
     return root
+
+
+@pytest.fixture(scope="module")
+def parts(comfyui_root):
+    """What a distillation of the reference UNet is given: MODEL, two prompts, the negative, an empty latent."""
+    with torch.inference_mode():
+        import nodes
+        from reference.objects import make_clip, make_model
+
+        clip, model = make_clip(), make_model()
+        encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
+        return model, [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8)

@@ -15,17 +15,6 @@ class Stop(Exception):
 
 
 @pytest.fixture(scope="module")
-def parts(comfyui_root):
-    with torch.inference_mode():
-        import nodes
-        from reference.objects import make_clip, make_model
-
-        clip, model = make_clip(), make_model()
-        encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
-        return model, [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8)
-
-
-@pytest.fixture(scope="module")
 def distilled(parts, tmp_path_factory):
     from mteo.comfyui.training import distill_model
 

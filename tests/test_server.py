@@ -152,7 +152,7 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
 
 ERRORS = {
     "another model": (dict(n5__embeddings_name="model.safetensors"), "distilled for another model"),
-    "another architecture": (dict(n5__embeddings_name="reference-mmdit-3steps.safetensors"), "another architecture: the model has no layer joint_blocks.0"),
+    "another architecture": (dict(n5__embeddings_name="reference-mmdit-3steps.safetensors"), "another architecture: the model has no layer final_layer.adaLN_modulation.1"),
     "a truncated file": (dict(n5__embeddings_name="cut.safetensors"), "cut.safetensors cannot be read, it is cut off"),
     "a NaN": (dict(n5__embeddings_name="nan.safetensors"), f"nan.safetensors has values in 3.{SITE} that are not finite"),
     "steps that the file lacks": (dict(n6__steps=5), "no table for 5 steps: they hold 3"),

@@ -18,6 +18,7 @@ from reference.objects import weights_file
 from .heldout import STEPS, best_named, named
 from .parts import (
     ROOT,
+    SEARCH_PAIRS,
     TEACHER_STEPS,
     ends_of,
     error_line,
@@ -35,7 +36,6 @@ from .peers.lab import Lab
 from .peers.methods import teacher_cost
 
 TEACHER_SHARE = 0.4  # of what is left after the search
-SEARCH_PAIRS = 32
 
 
 def run(arguments: list[str]) -> dict:

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from mteo.comfyui.patch import model_fingerprint
 from mteo.embeddings import Embeddings, load_embeddings
 from mteo.fingerprint import difference, verdict
-from mteo.gridsearch import search_grid
 from mteo.metrics import paired_bootstrap_ratio, per_picture
 from mteo.recipe import Recipe
 from reference.objects import make_clip, make_model, weights_file
@@ -30,16 +29,15 @@ from .heldout import CFGS, STEPS, best_named, named, summary
 from .parts import (
     ROOT,
     Parts,
-    calls_of,
     ends_of,
     name_of,
     named_grids,
     parts_of,
+    searched_and_trained,
     solver_tableau,
     stage,
     table_file,
     teacher_pairs,
-    train_embeddings,
     write_result,
 )
 
@@ -105,10 +103,11 @@ def relatives(told, folder: Path):
     model, clip = make_model(told.model), make_clip(told.model)
     yield Relative("base", model, clip, cfgs=(*CFGS, *OTHER_CFGS))
     yield Relative("three drawings", model, clip, learns=False, third=True)
+    tuned = {}
     for name, flags in FINE_TUNES.items():
-        weights = fine_tuned(told, folder, name, flags)
+        tuned[name] = weights = fine_tuned(told, folder, name, flags)
         yield Relative(name, make_model(told.model, weights=weights), make_clip(told.model, weights=weights))
-    lora = stage(folder, f"lora-{RANK}", extracted, told.model, fine_tuned(told, folder, "ink", FINE_TUNES["ink"]))
+    lora = stage(folder, f"lora-{RANK}", extracted, told.model, tuned["ink"])
     for strength in (1.0, 0.5):
         yield Relative(f"ink as a LoRA, strength {strength:g}", *comfy.sd.load_lora_for_models(model, clip, lora, strength, strength), learns=strength == 1)
 
@@ -160,14 +159,8 @@ def errors_at(relative: Relative, cfg: float, folder: Path, told, embeddings: Em
 
 def own_table(seen: Parts, cfg: float, pictures: int, iterations: int) -> Embeddings:
     """A table of the model itself, its σ searched for."""
-    pairs, held_out = teacher_pairs(seen, pictures, cfg, 3003), teacher_pairs(seen, 128, cfg, 3004)
-
-    def searched(session):
-        [found] = search_grid([calls_of(session, held_out.part(slice(0, 32)))], STEPS, float(session.sampling.sigma_max), session.flow)
-        return found
-
     recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), pictures=pictures, iterations=iterations)
-    return train_embeddings(seen, recipe, seen.session(searched), pairs, held_out)
+    return searched_and_trained(seen, recipe, teacher_pairs(seen, pictures, cfg, 3003), teacher_pairs(seen, 128, cfg, 3004))
 
 
 def row_of(errors: dict[str, torch.Tensor]) -> dict:

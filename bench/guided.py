@@ -9,34 +9,29 @@ from dataclasses import replace
 import torch
 
 from mteo.diagnose import offsets_share
-from mteo.embeddings import Embeddings
-from mteo.gridsearch import search_grid
 from mteo.recipe import Recipe
 from mteo.tableau import euler_tableau
-from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .parts import (
     ROOT,
     TEACHER_STEPS,
     Parts,
-    calls_of,
     ends_of,
     name_of,
     named_grids,
     parts,
     rounded,
+    searched_and_trained,
     stage,
     teacher_pairs,
-    train_embeddings,
     untrained,
     write_result,
 )
 from .quality import SEEDS, Judge
 
-ALL = (3, 3)
-VARIANTS = (ALL, (3, 1), (3, 0), (4, 2), (5, 1), (6, 0))  # (steps, the first of them that are guided)
-SHARE_PAIRS, SEARCH_PAIRS = 64, 32
+VARIANTS = ((3, 3), (3, 1), (3, 0), (4, 2), (5, 1), (6, 0))  # (steps, the first of them that are guided)
+SHARE_PAIRS = 64
 
 
 def run(arguments: list[str]) -> dict:
@@ -70,16 +65,6 @@ def run(arguments: list[str]) -> dict:
                   share_of_guidance={f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()})
     write_result(f"guided-{told.model}-cfg{told.cfg:g}", result | dict(pictures=told.pictures, iterations=told.iterations, count=told.count, rows=rounded(rows)))
     return result
-
-
-def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_out: Trajectories) -> Embeddings:
-    """As `distill_model` goes about it: σ and last row by a search on the plain model, then the offsets."""
-
-    def searched(session):
-        plain = calls_of(session, held_out.part(slice(0, SEARCH_PAIRS)), range(recipe.guided, recipe.steps))
-        return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
-
-    return train_embeddings(seen, recipe, seen.session(searched), train, held_out)
 
 
 def guidance_shares(seen: Parts, cfg: float, steps: int = 6) -> dict[float, float]:

@@ -12,7 +12,7 @@ from mteo.comfyui.session import is_flow, private_copy, run_session, training_mo
 from mteo.comfyui.solver import read_tableau
 from mteo.comfyui.training import denoise_of, karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
-from mteo.gridsearch import Plain
+from mteo.gridsearch import Plain, search_grid
 from mteo.recipe import Recipe
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories, follow
@@ -23,6 +23,7 @@ from trainer.comfyui import empty_latent, encode
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BATCH, TEACHER_STEPS = 64, 24
+SEARCH_PAIRS = 32  # that a search for σ looks at
 SHIFTS = (1.0, 1.7, 6.0)  # SD3's own is 3
 
 
@@ -141,6 +142,16 @@ def train_embeddings(seen: Parts, recipe: Recipe, tableau: Tableau, train: Traje
     zero = untrained(seen, recipe, tableau)
     table = seen.session(lambda session: trained(session, session.patch, recipe, recipe.guidance[0], train, held_out, None, tell), zero)
     return Embeddings({recipe.steps: table}, recipe.space)
+
+
+def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_out: Trajectories) -> Embeddings:
+    """As `distill_model` goes about it: σ and last row by a search on the plain model, then the offsets."""
+
+    def searched(session):
+        plain = calls_of(session, held_out.part(slice(0, SEARCH_PAIRS)), range(recipe.guided, recipe.steps))
+        return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
+
+    return train_embeddings(seen, recipe, seen.session(searched), train, held_out)
 
 
 def ends_of(own: Parts, pairs: Trajectories, tableau: Tableau, embeddings: Embeddings | None = None) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mteo.comfyui.patch import choose_table
 from mteo.embeddings import load_embeddings
 from mteo.gridsearch import LEVELS
 from mteo.metrics import nrmse
@@ -15,12 +16,13 @@ from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
-from .cost import SEARCH_PAIRS, affordable, searched
+from .cost import affordable, searched
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
 from .parts import (
     RESULTS,
     ROOT,
+    SEARCH_PAIRS,
     TEACHER_STEPS,
     ends_of,
     guided_table_file,
@@ -99,7 +101,7 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
     if cfg != 1 and (file := guided_table_file(told.model)):
         guided = load_embeddings(file)
-        sets[GUIDED] = stage(folder, f"guided-{cfg:g}-{name_of(file)}", ends_of, own, pairs, min(guided.tables.values(), key=lambda table: table.steps).tableau_at(cfg), guided)
+        sets[GUIDED] = stage(folder, f"guided-{cfg:g}-{name_of(file)}", ends_of, own, pairs, choose_table(guided, 0).tableau_at(cfg), guided)
     return sets
 
 

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> dict:
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, "test", teacher_pairs, fresh, 512, told.cfg, 1004)
     sigmas, matrix = stage(folder, "free", free_rival, seen, held_out, 64)["grid, all rows"]
     start = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
-    train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.sigmas.tolist()))
+    train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.schedule.tolist()[:-1]))
     base = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), iterations=told.iterations)
     result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)
     rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from mteo.distill import LATE, SOLVED
-from mteo.gridsearch import Plain, search_grid
+from mteo.gridsearch import SEARCHED, Plain, search_grid
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
 from mteo.tableau import Tableau
@@ -18,7 +18,6 @@ from reference.objects import weights_file
 from .heldout import STEPS, best_named, named
 from .parts import (
     ROOT,
-    SEARCH_PAIRS,
     TEACHER_STEPS,
     ends_of,
     error_line,
@@ -48,7 +47,7 @@ def run(arguments: list[str]) -> dict:
     folder = ROOT / "runs" / "bench" / f"cost-{name_of(weights_file(told.model))}-{told.cfg:g}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
-    start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCH_PAIRS)))
+    start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCHED)))
     recipes = {budget: affordable(budget - spent, told.cfg) for budget in told.budgets}
     most = max(recipe.pictures for recipe in recipes.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
@@ -71,23 +70,23 @@ def run(arguments: list[str]) -> dict:
 
 
 def affordable(budget: int, cfg: float, seed: int = 0) -> Recipe:
-    """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved once on SOLVED pictures, an optimiser step is a batch of
+    """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and the rates are found on them (with a backward), an optimiser step is a batch of
     the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
     recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
-    left = budget - pictures * teacher - min(SOLVED, pictures) * student
+    left = budget - pictures * teacher - 3 * min(SOLVED, pictures) * student
     step = recipe.batch * (2 * student + (3 * LATE if recipe.perceives(cfg) else 0))
     return replace(recipe, pictures=pictures, iterations=max(int(left // step), 1))
 
 
-def searched(seen, pairs: Trajectories) -> tuple[Tableau, int]:
-    """Where a table starts from, and the evaluations that finding it took, those of the teacher included."""
+def searched(seen, pairs: Trajectories, analytic: bool = True) -> tuple[Tableau, int]:
+    """Where a table starts from, and the evaluations that finding it took, those of the teacher included; not analytic: its first call is told sigma_max."""
 
     def work(session):
         lab = Lab(session)
         with torch.no_grad():
-            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], STEPS, lab.sigma_max, session.flow)
+            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], STEPS, lab.sigma_max, session.flow, analytic=analytic)
         return found, lab.spent + teacher_cost(pairs)
 
     return seen.session(work)

@@ -9,21 +9,22 @@ import torch
 
 from mteo.comfyui.training import joined
 from mteo.embeddings import Embeddings, load_embeddings
-from mteo.gridsearch import refine, search_grid
+from mteo.gridsearch import search_grid
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
 from mteo.recipe import Recipe
-from mteo.tableau import combine, euler_tableau, with_matrix
+from mteo.tableau import combine, euler_tableau, started_at, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .parts import ROOT, calls_of, ends_of, name_of, named_grids, parts, solver_tableau, stage, table_file, teacher_pairs, train_embeddings, write_result
+from .rival import refine
 
 SOLVERS = ("euler", "dpmpp_2m", "ipndm", "deis", "uni_pc", "res_multistep")
 SAME = ("euler", "ipndm", "dpmpp_2m")
 CFGS, BETWEEN = (1.0, 4.0), 2.5  # a table is trained at the first two
 STEPS = 3
 SHIPPED, NAMED, FREE = "offsets with rows, free grid", "plain, best named: ", "plain, free "
-TRIALS = 180  # of σ and coefficients for the rival, the same number that a recipe with a free grid takes
+TRIALS = 180  # of σ and coefficients for the rival
 
 
 def run(arguments: list[str]) -> dict:
@@ -85,13 +86,13 @@ def named(own, pairs: Trajectories, steps: int = STEPS) -> dict[str, dict[str, f
 
 def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[float], torch.Tensor]]:
     """The plain model at its best, for this cfg alone: {"grid only" (Euler on the searched σ), "grid, last row", "grid, all rows"} ->
-    (σ, matrix). 12 × 12 inner σ with the last row solved for each; then σ and all inner coefficients by Nelder–Mead on `count` pairs, the last
+    (σ of the calls, matrix). The search that a free grid starts from; then σ and all inner coefficients by Nelder–Mead on `count` pairs, the last
     row solved each time; the last row once more on all validation pairs."""
 
     def work(session):
         some, more, whole = (calls_of(session, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
         [found] = search_grid([some], STEPS, float(session.sampling.sigma_max), session.flow)
-        euler = euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)]))
+        euler = started_at(euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)])), float(session.sampling.sigma_max))
         kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS, session.flow))[1]}
         return {name: (tableau.sigmas.tolist(), tableau.matrix) for name, tableau in kept.items()}
 

@@ -12,7 +12,7 @@ from mteo.comfyui.session import is_flow, private_copy, run_session, training_mo
 from mteo.comfyui.solver import read_tableau
 from mteo.comfyui.training import denoise_of, karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
-from mteo.gridsearch import Plain, search_grid
+from mteo.gridsearch import SEARCHED, Plain, search_grid
 from mteo.recipe import Recipe
 from mteo.tableau import Tableau, execute
 from mteo.teacher import Trajectories, follow
@@ -23,7 +23,6 @@ from trainer.comfyui import empty_latent, encode
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 BATCH, TEACHER_STEPS = 64, 24
-SEARCH_PAIRS = 32  # that a search for σ looks at
 SHIFTS = (1.0, 1.7, 6.0)  # SD3's own is 3
 
 
@@ -132,8 +131,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
 
 def untrained(seen: Parts, recipe: Recipe, tableau: Tableau) -> Embeddings:
     """Zero offsets for a solver's table; the recipe says of how many steps and where they act."""
-    sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
-    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, sigmas, recipe.solver, tableau, recipe.guided_rows)
+    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, tableau.schedule.float(), recipe.solver, tableau, recipe.guided_rows)
     return Embeddings({recipe.steps: table}, recipe.space)
 
 
@@ -148,7 +146,7 @@ def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_
     """As `distill_model` goes about it: σ and last row by a search on the plain model, then the offsets."""
 
     def searched(session):
-        plain = calls_of(session, held_out.part(slice(0, SEARCH_PAIRS)), range(recipe.guided, recipe.steps))
+        plain = calls_of(session, held_out.part(slice(0, SEARCHED)), range(recipe.guided, recipe.steps))
         return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
 
     return train_embeddings(seen, recipe, seen.session(searched), train, held_out)

@@ -10,7 +10,7 @@ import torch
 
 from mteo.comfyui.patch import choose_table
 from mteo.embeddings import load_embeddings
-from mteo.gridsearch import LEVELS
+from mteo.gridsearch import LEVELS, ROUNDS, SEARCHED
 from mteo.metrics import nrmse
 from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
@@ -22,7 +22,6 @@ from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
 from .parts import (
     RESULTS,
     ROOT,
-    SEARCH_PAIRS,
     TEACHER_STEPS,
     ends_of,
     guided_table_file,
@@ -39,7 +38,7 @@ from .parts import (
 )
 from .peers import methods
 
-FREE, MTEO, EQUAL, GUIDED, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost, 3", "MTEO, 5 guided in the first", "SFD"
+FREE, MTEO, EQUAL, GUIDED, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD"
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
@@ -78,9 +77,9 @@ def run(arguments: list[str]) -> dict:
 def planned(told, cfgs) -> int:
     """Network evaluations of a run from nothing, at most: the judging takes none, a search remembers calls that this counts anew."""
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
-    search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (LEVELS**2 / 4 + TRIALS)
+    search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
-    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + told.peers + STEPS * told.count + told.bound + STEPS * told.count) if told.peers else 0
+    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + 2 * (told.peers + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
     return sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs)
 
 
@@ -106,14 +105,16 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
 
 
 def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Name -> end points with three evaluations of a table that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs."""
+    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs."""
     kept = lambda name, make, *arguments: stage(folder, f"{name}-{seed}", make, *arguments)
     train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
-    start, spent = stage(folder, f"peers-start-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCH_PAIRS)))
-    recipe = affordable(told.peers - spent, cfg, seed)
-    of_table = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
-    equal = kept(f"equal-{cfg:g}-{told.peers}", train_embeddings, seen, recipe, start, of_table, held_out)
-    sets = {EQUAL: kept(f"equal-ends-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)}
+    sets = {}
+    for analytic in ("", methods.ANALYTIC):
+        start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))
+        recipe = affordable(told.peers - spent, cfg, seed)
+        of_table = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
+        equal = kept(f"equal{analytic}-{cfg:g}-{told.peers}", train_embeddings, seen, recipe, start, of_table, held_out)
+        sets[f"{EQUAL}{analytic}, 3"] = kept(f"equal-ends{analytic}-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)
     sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
     through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
     bound = kept(f"bound-{cfg:g}-{told.bound}-{told.pairs}", methods.fine_tune, seen, sigmas, through, held_out, told.bound, seed)
@@ -176,7 +177,8 @@ class Judge:
 
 def keys_of(result: dict, budgets: list[int]) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
-    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them that has no free first step, and the share of the way from the plain sampler to SFD."""
+    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them, none of which has its first step for nothing, the same where all have, and the share of the
+    way from the plain sampler to SFD."""
     def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
         matched = max((steps for steps in plain if all(other["fd"] >= row["fd"] for fewer, other in plain.items() if fewer <= steps)), default=0)
         return dict(plain_steps_matched=matched, diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
@@ -189,12 +191,14 @@ def keys_of(result: dict, budgets: list[int]) -> dict:
         if guided := rows.get(GUIDED):
             own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, plain).items()}
         if bound := rows.get(f"{SFD}, 3"):
-            peers = [free, *(rows[f"{name}, 3"] for name in methods.NAMES if not name.endswith(methods.ANALYTIC))]
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
+                for analytic, peers in (("", []), (methods.ANALYTIC, [free])):
+                    peers = [*peers, *(rows[f"{name}, 3"] for name in methods.NAMES if name.endswith(methods.ANALYTIC) == bool(analytic))]
+                    own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(rows[f"{EQUAL}{analytic}, 3"][measure] / row[measure] for row in peers)
                 start, end = plain[STEPS][measure], mteo[measure]
-                own |= {f"vs_peers_{key}": max(rows[EQUAL][measure] / row[measure] for row in peers), f"gap_closed_{key}": (start - end) / (start - bound[measure])}
+                own[f"gap_closed_{key}"] = (start - end) / (start - bound[measure])
     lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
-    names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum", "vs_peers_fd", "vs_peers_error")]
+    names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum") or name.startswith("vs_peers")]
     worst = {name: (min if name in lowest else max)(own[name] for own in keys.values()) for name in names}
     return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}
 

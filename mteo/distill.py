@@ -19,7 +19,8 @@ from .teacher import Trajectories
 ROWS = "solver.rows"  # the learned correction of the solver's rows, beside the sites
 ROW_UNIT = 0.3  # a correction of 1 is this much on a coefficient of D; on x_T it is this ÷ σ_0, as x_T is σ_0 times larger
 LATE = 0.5  # the part of stage B, at its end, in which the network's own view counts
-SOLVED = 128  # training pairs that the last row is solved on before training
+SOLVED = 128  # training pairs that the last row is solved on, and the rates found, before training
+REACH = 0.15  # the part of the loss that a first step takes away at most, to first order: beyond it the network's answer is not linear in the offsets
 
 
 @dataclass
@@ -31,6 +32,7 @@ class State:
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]]
     generator: torch.Tensor
     iteration: int = 0
+    rates: dict[str, float] = field(default_factory=dict)  # Adam's first, by path
     best_score: float = math.inf
     best_error: float = math.inf
     best_offsets: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -67,7 +69,7 @@ def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
     """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 … D_{j−1}."""
     calls = len(tableau.sigmas)
     unit = torch.full((calls, calls + 1), ROW_UNIT).tril(1)
-    unit[:, 0] /= float(tableau.sigmas[0])
+    unit[:, 0] /= float(tableau.start_sigma)
     return unit[-rows:]
 
 
@@ -117,6 +119,7 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
             for values in (state.offsets, state.averaged):
                 values[ROWS][-1] = (change / row_units(tableau, 1)[-1]).to(values[ROWS])
             load(parameters, state.offsets)
+        state.rates = first_rates(denoise, tableau, parameters, train.part(slice(0, SOLVED)), recipe)
         if progress is not None:
             progress(state, line)
     while state.iteration < total:
@@ -185,42 +188,58 @@ def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: 
     return torch.linalg.solve(gram + damp, right + damp @ prior)
 
 
+def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe) -> dict[str, float]:
+    """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites and one for the rows: that at which it
+    is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
+    slopes, whole = {path: torch.zeros_like(value, dtype=torch.float64) for path, value in parameters.items()}, 0.0
+    for part in (pairs.part(slice(begin, begin + recipe.batch)) for begin in range(0, len(pairs), recipe.batch)):
+        end = execute(corrected(tableau, parameters), lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
+        loss = picture_loss(end, part.end) * len(part) / len(pairs)
+        whole += float(loss.detach())
+        for slope, gradient in zip(slopes.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
+            slope += 0.0 if gradient is None else gradient.double()
+    steep = {path: float(slope.abs().sum()) for path, slope in slopes.items()}
+    rate = lambda slope: min(recipe.rate, REACH * whole / (slope + 1e-12))
+    sites = rate(sum(slope for path, slope in steep.items() if path != ROWS))
+    return {path: rate(slope) if path == ROWS else sites for path, slope in steep.items()}
+
+
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
     """Adam with a cosine rate and one clip over all sites; the averaged offsets follow."""
     gradients = [torch.zeros_like(p) if g is None else g.nan_to_num(0.0) for p, g in zip(parameters.values(), gradients, strict=True)]
     norm = torch.stack([g.double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
     scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0).float()
     count = state.iteration + 1
-    rate = recipe.rate * 0.5 * (1 + math.cos(math.pi * state.iteration / total))
+    left = 0.5 * (1 + math.cos(math.pi * state.iteration / total))
     with torch.no_grad():
         for (path, value), gradient in zip(parameters.items(), gradients, strict=True):
             gradient = gradient * scale
             first, second = state.moments[path]
             first.lerp_(gradient, 0.1)
             second.lerp_(gradient * gradient, 0.01)
-            value -= rate * (first / (1 - 0.9**count)) / ((second / (1 - 0.99**count)).sqrt() + 1e-8)
+            value -= state.rates[path] * left * (first / (1 - 0.9**count)) / ((second / (1 - 0.99**count)).sqrt() + 1e-8)
             state.offsets[path] = value.detach().clone()
             state.averaged[path].lerp_(value, 1 - min(recipe.average, count / (count + 10)))
 
 
 @torch.no_grad()
-def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: int = 64) -> tuple[float, float | None]:
-    """(pooled RMSE ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
-    square, unlike, generator = 0.0, 0.0, torch.Generator().manual_seed(0)
+def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: int = 64) -> tuple[torch.Tensor, float | None]:
+    """(RMSE of each picture ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
+    errors, unlike, generator = [], 0.0, torch.Generator().manual_seed(0)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
         end = execute(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
-        square += float((end - part.end).double().square().sum())
+        errors.append((end - part.end).double().flatten(1).square().mean(1).sqrt())
         if perceive:
             unlike += len(part) * float(seen_apart(perceive, end, part, generator))
-    return math.sqrt(square / pairs.end.numel()) / float(pairs.end.double().std()), unlike / len(pairs) if perceive else None
+    return torch.cat(errors) / float(pairs.end.double().std()), unlike / len(pairs) if perceive else None
 
 
 def keep_best(state: State, parameters, tableau, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
-    """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small."""
+    """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small: a few hard pictures rule the pooled error, which is what is told."""
     load(parameters, state.averaged if state.iteration else state.offsets)
     with torch.no_grad():
-        error, unlike = evaluate(denoise, perceive, corrected(tableau, parameters), validation)
-    score = error + recipe.perception * (unlike or 0.0)
+        errors, unlike = evaluate(denoise, perceive, corrected(tableau, parameters), validation)
+    error, score = float(errors.square().mean().sqrt()), float(errors.mean()) + recipe.perception * (unlike or 0.0)
     if score < state.best_score:
         state.best_score, state.best_error = score, error
         state.best_offsets = {path: value.detach().clone() for path, value in parameters.items()}

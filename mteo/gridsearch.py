@@ -1,22 +1,24 @@
-"""The plain model's best few steps: where the inner σ lie and what the solver's coefficients are, with no offset at all.
+"""The plain model's best few steps: which σ its calls are told and what the solver's coefficients are, with no offset at all.
 
 It is where a table with grid "free" starts from, and the honest rival that a table has to beat.
 """
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
-from scipy.optimize import minimize
 
 from .distill import ridge
 from .schedule import karras, ratio_of, sigma_of
-from .tableau import Tableau, combine, euler_tableau, with_matrix
+from .tableau import Tableau, combine, euler_tableau, started_at, with_matrix
 from .teacher import Trajectories
 
-LEVELS = 12  # σ that each inner step may take
+LEVELS, ROUNDS = 12, 3  # σ that each call may be told; how often each is looked for, at most
+SHIFT = 4  # levels that all of them are moved together, at most
 SPREAD = 4.0  # they span the reference grid's noise ÷ signal ÷ SPREAD … × SPREAD
 TOP, BOTTOM = 20.0, 0.1  # noise ÷ signal at the ends of the reference grid, at most and at least
-LOWEST = 0.03  # no inner σ below this
+SEARCHED = 64  # pairs that a search looks at
+KEPT = 64  # calls that are remembered
 
 
 def no_progress(stage: str, done: int, total: int, **facts) -> None:
@@ -65,69 +67,56 @@ class Plain:
             denoised = self.known.get(past)
             if denoised is None:
                 denoised = self.denoise(combine(tableau.matrix[call], terms), call, sigma, self.pairs)
-                if call + 1 < len(tableau.sigmas) and len(self.known) < 64:
+                if call + 1 < len(tableau.sigmas):
                     self.known[past] = denoised
+                    if len(self.known) > KEPT:
+                        del self.known[next(iter(self.known))]
             terms.append(denoised)
         return terms
 
-    def solved(self, tableau: Tableau) -> tuple[float, Tableau]:
-        """(RMSE with the best last row, the tableau with it); float64 least squares."""
+    def solved(self, tableau: Tableau) -> tuple[torch.Tensor, Tableau]:
+        """(RMSE of each picture with the best last row, the tableau with it); float64 least squares."""
         columns = torch.stack([term.flatten().double().cpu() for term in self.terms(tableau)], 1)
         target = self.pairs.end.flatten().double().cpu()
         matrix = tableau.matrix.clone()
         matrix[-1] = ridge(columns.T @ columns, columns.T @ target, matrix[-1])
-        return float((columns @ matrix[-1] - target).square().mean().sqrt()), with_matrix(tableau, matrix)
+        return (columns @ matrix[-1] - target).view(len(self.pairs), -1).square().mean(1).sqrt(), with_matrix(tableau, matrix)
 
 
-def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress) -> list[Tableau]:
-    """The best of LEVELS × LEVELS inner σ for three steps, two rounds of one σ at a time for more. Several plains, one for each cfg value, get one grid: the one with the least
-    product of their errors, so that a cfg with large errors does not decide alone. Last rows solved, for each plain its own."""
-    choices = levels(steps, sigma_max, flow)
-
-    def best_of(candidates: list[tuple[float, ...]]) -> tuple[float, ...]:
-        falling = [inner for inner in candidates if all(ratio_of(a, flow) > 1.05 * ratio_of(b, flow) for a, b in itertools.pairwise(inner))]
-        scores = []
-        for i, inner in enumerate(falling):
-            progress("grid", i, len(falling))
-            scores.append((math.prod(plain.solved(multistep_tableau(torch.tensor([sigma_max, *inner, 0.0])))[0] for plain in plains), inner))
-        return min(scores)[1]
-
-    if steps <= 3:
-        best = best_of(list(itertools.product(*choices)))
-    else:
-        best = tuple(values[LEVELS // 2] for values in choices)
-        for _ in range(2):
-            for i in range(len(best)):
-                best = best_of([(*best[:i], value, *best[i + 1 :]) for value in choices[i]] + [best])
-    return [plain.solved(multistep_tableau(torch.tensor([sigma_max, *best, 0.0])))[1] for plain in plains]
+def student_start(sigma_max: float, told: Sequence[float]) -> Tableau:
+    """DPM++ 2M from x_T at sigma_max, its calls at the σ `told` [K]; the step to the first of them is for nothing."""
+    return started_at(multistep_tableau(torch.tensor([*told, 0.0], dtype=torch.float64)), sigma_max)
 
 
-def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False, progress=no_progress, keep_sigmas: bool = False) -> Tableau:
-    """Inner σ (unless kept) and all inner coefficients by Nelder–Mead from `start`, the last row solved at each of `trials` trials."""
-    calls, sigma_max = len(start.sigmas), float(start.sigmas[0])
-    moved = 0 if keep_sigmas else calls - 1
-    places = [(row, column) for row in range(1, calls) for column in range(row + 1)]
-    done = itertools.count()
+def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress, analytic: bool = True) -> list[Tableau]:
+    """The best σ to tell, out of LEVELS for each call: all moved together, then one at a time, until that finds nothing better. The first may also be sigma_max, and is unless `analytic`.
+    By the mean error of a picture, as the training; a few hard ones would lead astray. Several plains, one for each cfg value, get one grid: the one with the least product of their errors, so
+    that a cfg with large errors does not decide alone. Last rows solved, for each plain its own."""
+    choices = levels(steps + 1, sigma_max, flow) if analytic else [[], *levels(steps, sigma_max, flow)]
+    choices[0].append(sigma_max)
+    known: dict[tuple[float, ...], float] = {}
+    told = lambda place: tuple(values[i] for values, i in zip(choices, place, strict=True))
 
-    def tableau_of(change) -> Tableau:
-        steps = change[:moved] if moved else [0.0] * (calls - 1)
-        inner = [float(sigma_of(ratio_of(sigma, flow) * 2.0**step, flow)) for sigma, step in zip(start.sigmas[1:].tolist(), steps, strict=True)]
-        tableau = multistep_tableau(torch.tensor([sigma_max, *inner, 0.0], dtype=torch.float64))
-        matrix = tableau.matrix.clone()
-        for (row, column), value in zip(places, change[moved:], strict=True):
-            matrix[row, column] += value / (sigma_max if column == 0 else 1.0)
-        matrix[-1] = start.matrix[-1]
-        return with_matrix(tableau, matrix)
+    def score(place: tuple[int, ...]) -> float:
+        sigmas = told(place)
+        if sigmas not in known:
+            known[sigmas] = math.prod(float(plain.solved(student_start(sigma_max, sigmas))[0].mean()) for plain in plains)
+        return known[sigmas]
 
-    def error(change) -> float:
-        progress("solver's rows", min(next(done), trials), trials)
-        tableau = tableau_of(change)
-        falling = [*tableau.sigmas.tolist(), LOWEST]
-        if not all(a > b for a, b in itertools.pairwise(falling)):
-            return 1e3
-        return plain.solved(tableau)[0]
+    def allowed(place: tuple[int, ...]) -> bool:
+        inside = all(0 <= i < len(values) for i, values in zip(place, choices, strict=True))
+        return inside and all(a > sigma_of(1.05 * ratio_of(b, flow), flow) for a, b in itertools.pairwise(told(place)))
 
-    size = moved + len(places)
-    simplex = [[0.0] * size] + [[0.2 * (i == j) for j in range(size)] for i in range(size)]
-    found = minimize(error, simplex[0], method="Nelder-Mead", options=dict(maxfev=trials, initial_simplex=simplex, xatol=1e-3, fatol=1e-5))
-    return plain.solved(tableau_of(found.x))[1]
+    best = tuple(len(values) // 2 for values in choices)
+    moves = [tuple(int(len(values) > 1) for values in choices), *(tuple(int(i == call) for i in range(steps)) for call in range(steps))]
+    for turn in range(ROUNDS):
+        before = best
+        for number, move in enumerate(moves):
+            progress("grid", turn * len(moves) + number, ROUNDS * len(moves))
+            reach = SHIFT if number == 0 else LEVELS
+            places = (tuple(i + far * by for i, by in zip(best, move, strict=True)) for far in range(-reach, reach + 1))
+            best = min(filter(allowed, places), key=score)
+        if best == before:
+            break
+    progress("grid", 1, 1)
+    return [plain.solved(student_start(sigma_max, told(best)))[1] for plain in plains]

@@ -21,6 +21,17 @@ class Tableau:
     matrix: torch.Tensor
 
 
+    @property
+    def schedule(self) -> torch.Tensor:
+        """[N + 1] σ of x_T, of each later call, and 0: where the calls are one a step, the grid that they step along."""
+        return torch.cat([self.start_sigma.view(1), self.sigmas[1:], self.sigmas.new_zeros(1)])
+
+    @property
+    def start_sigma(self) -> torch.Tensor:
+        """σ of x_T: that of the first call, or above it (`started_at`)."""
+        return self.sigmas[0] / self.matrix[0, 0]
+
+
 class _TooManyCalls(Exception):
     pass
 
@@ -109,6 +120,14 @@ def euler_tableau(sigmas: torch.Tensor) -> Tableau:
         matrix[k + 1] = ratio * matrix[k]
         matrix[k + 1, k + 1] += 1 - ratio
     return make_tableau(sigma[:-1].tolist(), matrix)
+
+
+def started_at(tableau: Tableau, sigma_max: float) -> Tableau:
+    """The same calls for an x_T at sigma_max above their first σ, with no evaluation for the step between: the denoised is taken to be 0 there, the mean of latents, as
+    nothing of a picture can be seen (analytic first step: GENIE, Dockhorn et al. 2022; AMED, Zhou et al. 2024)."""
+    matrix = tableau.matrix.clone()
+    matrix[:, 0] *= tableau.sigmas[0] / sigma_max
+    return with_matrix(tableau, matrix)
 
 
 def execute(tableau: Tableau, denoise, x: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ BUDGETS = {  # trajectories, held-out ones, optimiser steps
     "thorough": dict(pictures=4096, held_out=256, iterations=800, batch=48, validate_every=50),
 }
 BAR, SEARCH = 1000, 0.05  # parts of the progress bar; share of it for the search of a grid
-SEARCHES = {"teacher, for the grid": (0.0, 0.1), "grid": (0.1, 0.4), "solver's rows": (0.4, 1.0)}  # of that share
+SEARCHES = {"teacher, for the grid": (0.0, 0.3), "grid": (0.3, 1.0)}  # of that share
 STAGES = {"teacher": (0.0, 0.38), "teacher, held out": (0.38, 0.42), "training": (0.42, 1.0)}  # of each cfg value's share of the rest
 
 
@@ -52,8 +52,8 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**62, control_after_generate=False, tooltip="Seed of the training noise. The same seed and inputs give the same table."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="The guidance to train for; 1 = none. A list of numbers: each is trained by itself, one table holds all of them and blends between."),
                 io.Int.Input("steps", default=3, min=2, max=16, tooltip="Number of sampling steps of the table."),
-                io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its last row is learned beside the embeddings."),
-                io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default="sgm_uniform", tooltip="The schedule of sigmas; free = search the best one first."),
+                io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings."),
+                io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default=FREE, tooltip="The schedule of sigmas; free = search the best one first."),
                 io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train, for each cfg value: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
                 io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),

@@ -26,11 +26,23 @@ def comfyui_root() -> Path:
 
 @pytest.fixture(scope="module")
 def parts(comfyui_root):
-    """What a distillation of the reference UNet is given: MODEL, two prompts, the negative, an empty latent."""
-    with torch.inference_mode():
-        import nodes
-        from reference.objects import make_clip, make_model
+    """What a distillation of the reference UNet is given."""
+    return parts_of("unet")
 
-        clip, model = make_clip(), make_model()
-        encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
-        return model, [encode("cat and apple"), encode("car")], encode(""), torch.zeros(1, 32, 8, 8)
+
+@pytest.fixture(scope="module")
+def transformer_parts(comfyui_root):
+    """What a distillation of the reference transformer is given."""
+    return parts_of("mmdit")
+
+
+@torch.inference_mode()
+def parts_of(kind: str) -> tuple:
+    """MODEL, two prompts, the negative, an empty latent."""
+    import nodes
+    from reference.objects import make_clip, make_model
+    from trainer.comfyui import empty_latent
+
+    clip, model = make_clip(kind), make_model(kind)
+    encode = lambda text: nodes.CLIPTextEncode().encode(clip, text)[0]
+    return model, [encode("cat and apple"), encode("car")], encode(""), empty_latent(model, 64, 64)

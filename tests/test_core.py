@@ -1,4 +1,5 @@
 """The method's parts on small real networks and closed forms."""
+import itertools
 import struct
 
 import pytest
@@ -9,7 +10,9 @@ from mteo.errors import MTEOError
 from mteo.injection import Offsets, attach, detach, find_modules
 from mteo.metrics import held_out_errors, nrmse, paired_bootstrap_ratio
 from mteo.sites import find_sites
-from mteo.tableau import euler_tableau, execute, probe
+from mteo.tableau import euler_tableau, execute, probe, started_at
+
+from .closed_form import Mixture
 
 SIGMAS = torch.tensor([14.6, 3.2, 0.6, 0.0])
 
@@ -34,6 +37,17 @@ def heun(model, x, sigmas):
 
 def test_probe_reads_euler_as_its_closed_form():
     assert torch.allclose(probe(euler, SIGMAS, "euler").matrix, euler_tableau(SIGMAS).matrix, atol=1e-6)
+
+
+def test_a_first_step_for_nothing_is_one_whose_answer_is_zero():
+    """The calls of Euler from below σ_max are those of one with a step more, whose first call is answered with 0; its own grid, from σ_max on, can be read."""
+    grid = torch.tensor([14.6, 8.0, 3.0, 1.0, 0.0], dtype=torch.float64)
+    tableau, x = started_at(euler_tableau(grid[1:]), 14.6), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answer = lambda y, sigma: (y / (1 + sigma**2)).sin()
+    short = execute(tableau, lambda y, call, sigma: answer(y, sigma), x)
+    long = execute(euler_tableau(grid), lambda y, call, sigma: 0 * y if call == 0 else answer(y, sigma), x)
+    assert torch.allclose(short, long) and torch.allclose(tableau.schedule, torch.tensor([14.6, 3.0, 1.0, 0.0], dtype=torch.float64))
+    assert torch.equal(started_at(euler_tableau(grid), 14.6).matrix, euler_tableau(grid).matrix)
 
 
 def test_rows_are_distinct_sigmas_not_calls():
@@ -142,6 +156,24 @@ def test_grids_of_a_flow_model_compare_by_noise_to_signal():
             made = levels(steps, sigma_max, of_flow)
             assert len(made) == steps - 1 and all(0 < value < top for inner in made for value in inner)
             assert all(a[6] > b[6] for a, b in zip(made, made[1:], strict=False))  # their middles fall
+
+
+@pytest.mark.parametrize("analytic", [True, False])
+def test_the_search_finds_nearly_the_best_of_all_grids(analytic):
+    """On a mixture of Gaussians, where all of them can be tried."""
+    from mteo.gridsearch import Plain, levels, search_grid, student_start
+    from mteo.teacher import Trajectories
+
+    model, top = Mixture(), 14.6
+    x = model.start(256, top)
+    pairs = Trajectories(x, x[:, None][:, :0], model.flow(x, top, 0.0), torch.zeros(256, dtype=torch.long), torch.ones(256))
+    plain = Plain(lambda y, call, sigma, batch: model.denoise(y, sigma), pairs)
+    error = lambda told: float(plain.solved(student_start(top, told))[0].mean())
+    [found] = search_grid([plain], 3, top, analytic=analytic)
+    choices = [[*levels(4, top)[0], top], *levels(4, top)[1:]] if analytic else [[top], *levels(3, top)]
+    best = min(error(told) for told in itertools.product(*choices) if told[0] > told[1] > told[2])
+    assert float(found.start_sigma) == pytest.approx(top) and (found.sigmas[0] < top) == analytic
+    assert best <= error(found.sigmas.tolist()) < 1.03 * best
 
 
 def test_offsets_get_a_gradient_and_weights_none():

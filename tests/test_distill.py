@@ -7,7 +7,7 @@ import torch
 
 from mteo.recipe import Recipe
 
-RECIPE = Recipe(iterations=20, batch=12, validate_every=10, pictures=64, held_out=32, teacher_steps=8, guidance=(1.0, 4.0))
+RECIPE = Recipe(grid="sgm_uniform", rows="last", iterations=20, batch=12, validate_every=10, pictures=64, held_out=32, teacher_steps=8, guidance=(1.0, 4.0))
 
 
 class Stop(Exception):
@@ -29,6 +29,21 @@ def test_a_short_distillation_lowers_the_held_out_error(distilled):
     for cfg in RECIPE.guidance:
         log = [line for line in distilled[2].log if line["cfg"] == cfg]
         assert [line["iteration"] for line in log] == [0, 10, 20] and log[-1]["best"] < 0.8 * log[0]["held_out"]
+
+
+def test_a_network_that_bears_small_steps_only_gets_them(transformer_parts, monkeypatch):
+    """The transformer at the default rate: its error falls, and rises where nothing holds the rate back."""
+    from mteo import distill
+    from mteo.comfyui.training import distill_model
+
+    short, ends = replace(RECIPE, guidance=(1.0,)), {}
+    for reach in (distill.REACH, float("inf")):
+        monkeypatch.setattr(distill, "REACH", reach)
+        with torch.inference_mode():
+            log = distill_model(*transformer_parts, short).log
+        ends[reach] = log[-1]["held_out"] / log[0]["held_out"]
+    held, free = ends.values()
+    assert held < 0.9 < 1 < free
 
 
 def test_what_the_network_sees_counts_in_the_second_half_where_there_is_guidance(distilled, parts):
@@ -167,14 +182,24 @@ def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
     from mteo.comfyui.training import distill_model
     from mteo.embeddings import load_embeddings
 
-    recipe = Recipe(grid="free", rows="all", iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, guidance=(4.0, 1.0), seed=2**62)  # the node's largest seed
+    recipe = Recipe(iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, guidance=(4.0, 1.0), seed=2**62)  # the node's largest seed
     with torch.inference_mode():
         table = distill_model(*parts, recipe, tmp_path / "run").embeddings.tables[3]
     start = load_embeddings(tmp_path / "run" / "start.safetensors").tables[3]
     assert start.guidance == table.guidance == [1.0, 4.0] and not torch.allclose(start.learned[0], start.learned[1], rtol=1e-2)
     assert table.sigmas == start.sigmas and table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
+    assert table.sigmas[0] > table.tableau.sigmas[0] > table.sigmas[1], "the first call is told less than sigma_max"
     assert not torch.equal(table.learned[0, -2], table.tableau.matrix[-2])
     assert table.learned[0, 1, 2:].abs().max() == 0, "a call must not read what comes after it"
+
+
+def test_a_searched_grid_without_rows_is_for_any_sampler(parts):
+    """Then the first call is at sigma_max, where every sampler begins."""
+    from mteo.comfyui.training import distill_model
+
+    with torch.inference_mode():
+        table = distill_model(*parts, Recipe(rows="solver", iterations=2, batch=8, validate_every=2, pictures=16, held_out=16, teacher_steps=6)).embeddings.tables[3]
+    assert table.learned is None and table.tableau.sigmas.tolist() == pytest.approx(table.sigmas[:-1])
 
 
 def test_a_model_without_a_factory_is_copied_for_training(parts):

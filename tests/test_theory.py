@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from mteo.gridsearch import multistep_tableau
 from mteo.schedule import karras
-from mteo.tableau import combine, euler_tableau, execute
+from mteo.tableau import combine, euler_tableau, execute, started_at
 
 from .closed_form import Mixture, exact_answers
 
@@ -223,3 +223,23 @@ def test_guidance_is_at_work_only_while_the_class_is_open():
         x = low / high * x + (1 - low / high) * (plain + 4 * (cond - plain))
     figures = [added[min(added, key=lambda own, sigma=sigma: abs(own - sigma))] for sigma in (10, 3, 1, 0.3, 0.1)]
     assert figures == pytest.approx([0.34, 0.44, 0.25, 0.001, 0.0], abs=6e-3)
+
+
+def test_the_first_call_tells_little_at_the_largest_sigma():
+    """§10: three calls, the first told a σ to which a step that costs nothing leads, come near to four."""
+    model = Mixture()
+    model.means = model.means - model.means.mean(0)
+    data = float(model.means.square().sum(1).mean()) + 2 * model.spread**2
+    energies = [float(model.denoise(model.start(4096, sigma), sigma).square().sum(1).mean()) / data for sigma in (10.0, 5.0, 2.0)]
+    assert energies == pytest.approx([0.011, 0.043, 0.22], rel=0.03)
+    x = model.start(2048, GRID[0])
+    end = model.flow(x, GRID[0], 0.0)
+    levels = [GRID[0] * 0.01 ** (i / 16) for i in range(17)]
+
+    def least(told) -> float:
+        """Of Euler's calls at `told`, from x_T at σ_max."""
+        tableaux = (started_at(euler_tableau(torch.tensor([*own, 0.0], dtype=torch.float64)), GRID[0]) for own in told)
+        return min(float((execute(tableau, lambda y, call, sigma: model.denoise(y, sigma), x) - end).square().mean().sqrt() / end.std()) for tableau in tableaux)
+
+    pinned, free, four = (least(told) for told in (((GRID[0], *own) for own in itertools.combinations(levels[1:], 2)), itertools.combinations(levels, 3), ((GRID[0], *own) for own in itertools.combinations(levels[1:], 3))))
+    assert [pinned, free, four] == pytest.approx([0.366, 0.320, 0.294], abs=2e-3)

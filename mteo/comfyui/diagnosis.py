@@ -74,8 +74,8 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     terms = plain.terms(tableau)
     errors = {f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"], "with a solved last row": root(row_error(terms, pairs.end, tableau))}
     if free:
-        [tableau] = search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
-        sigmas = torch.cat([tableau.sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+        [tableau] = search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow, progress, analytic=recipe.rows != "solver")
+        sigmas = tableau.schedule.float()
         errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
     else:
         _, tableau = plain.solved(tableau)

@@ -14,11 +14,11 @@ import torch
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
-from ..gridsearch import Plain, no_progress, refine, search_grid
+from ..gridsearch import SEARCHED, Plain, no_progress, search_grid
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_family, find_sites
-from ..tableau import MAX_CALLS, Tableau, euler_tableau, execute
+from ..tableau import MAX_CALLS, Tableau, euler_tableau, execute, started_at
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
 from .patch import KEY, apply_embeddings, model_fingerprint
@@ -113,17 +113,18 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
         rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
         told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
-        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(64, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
+        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
         plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
         with torch.no_grad():
-            found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress)
-            if recipe.rows == "all" and recipe.steps <= 3:  # one grid for all cfg values, coefficients for each; of more of them so few trials find nothing
-                found = [refine(plain, own, 20 * recipe.steps**2, session.flow, tell, keep_sigmas=len(plains) > 1) for plain, own, tell in zip(plains, found, told, strict=True)]
+            found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress, analytic=recipe.rows != "solver")
         grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
     if sampler is None and recipe.solver == "euler":
         base = euler_tableau(grid)
     else:
         base = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
+    if recipe.grid == FREE:
+        base = started_at(base, float(session.sampling.sigma_max))
+        grid[0] = session.sampling.sigma_max
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:

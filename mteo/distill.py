@@ -6,6 +6,7 @@ forward and an activation-only backward.
 """
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,7 +129,7 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
         if state.iteration < recipe.sequential:
             loss = step_loss(state.iteration * calls // recipe.sequential, student, denoise, batch)
         else:
-            end = execute(student, lambda x, call, sigma, batch=batch: denoise(x, call, sigma, batch), batch.start)
+            end = execute(student, partial(denoise, batch=batch), batch.start)
             loss = picture_loss(end, batch.end)
             if perceive and state.iteration >= total - LATE * recipe.iterations:
                 loss = loss / spread + recipe.perception * seen_apart(perceive, end, batch, generator)
@@ -175,7 +176,7 @@ def solved_row(denoise, tableau: Tableau, pairs: Trajectories, batch: int = 64) 
     size = len(tableau.sigmas) + 1
     gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
-        terms = student_terms(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
+        terms = student_terms(tableau, partial(denoise, batch=part), part.start)
         columns = torch.stack([term.flatten().double().cpu() for term in terms], 1)
         gram, right = gram + columns.T @ columns, right + columns.T @ part.end.flatten().double().cpu()
     return ridge(gram, right, tableau.matrix[-1])
@@ -193,7 +194,7 @@ def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], 
     is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
     slopes, whole = {path: torch.zeros_like(value, dtype=torch.float64) for path, value in parameters.items()}, 0.0
     for part in (pairs.part(slice(begin, begin + recipe.batch)) for begin in range(0, len(pairs), recipe.batch)):
-        end = execute(corrected(tableau, parameters), lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
+        end = execute(corrected(tableau, parameters), partial(denoise, batch=part), part.start)
         loss = picture_loss(end, part.end) * len(part) / len(pairs)
         whole += float(loss.detach())
         for slope, gradient in zip(slopes.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
@@ -227,7 +228,7 @@ def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: in
     """(RMSE of each picture ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
     errors, unlike, generator = [], 0.0, torch.Generator().manual_seed(0)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
-        end = execute(tableau, lambda x, call, sigma, part=part: denoise(x, call, sigma, part), part.start)
+        end = execute(tableau, partial(denoise, batch=part), part.start)
         errors.append((end - part.end).double().flatten(1).square().mean(1).sqrt())
         if perceive:
             unlike += len(part) * float(seen_apart(perceive, end, part, generator))

@@ -23,7 +23,7 @@ class Table:
     """What was learned for one number of steps, at G cfg values; between them it is interpolated, beyond them the end one holds.
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
-    solver: a ComfyUI sampler's name with its options; tableau: its own coefficients. guidance: the G cfg values, rising.
+    solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`). guidance: the G cfg values, rising.
     offsets: site path -> [G, R, D]. learned: the solver's coefficients as sampled [G, N+1, N+1], None = its own. record: how it was trained (JSON).
     guided: the first rows, which evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """

@@ -1,6 +1,6 @@
 """The plain model's best few steps: which σ its calls are told and what the solver's coefficients are, with no offset at all.
 
-It is where a table with grid "free" starts from, and the honest rival that a table has to beat.
+It is where a table with grid "free" starts from; a rival that a table has to beat goes on from there (bench/rival.py).
 """
 import itertools
 import math

@@ -20,7 +20,6 @@ class Tableau:
     rows: tuple[int, ...]
     matrix: torch.Tensor
 
-
     @property
     def schedule(self) -> torch.Tensor:
         """[N + 1] σ of x_T, of each later call, and 0: where the calls are one a step, the grid that they step along."""

@@ -11,7 +11,6 @@ import torch
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
 from mteo.sites import find_sites, is_gain
-from mteo.tableau import euler_tableau, with_matrix
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
@@ -50,8 +49,7 @@ def run(arguments: list[str]) -> dict:
     folder = ROOT / "runs" / "bench" / f"ablations-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, "test", teacher_pairs, fresh, 512, told.cfg, 1004)
-    sigmas, matrix = stage(folder, "free", free_rival, seen, held_out, 64)["grid, all rows"]
-    start = with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix)
+    start = stage(folder, "free", free_rival, seen, held_out, 64)["grid, all rows"]
     train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.schedule.tolist()[:-1]))
     base = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), iterations=told.iterations)
     result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)

@@ -12,7 +12,7 @@ from mteo.embeddings import Embeddings, load_embeddings
 from mteo.gridsearch import search_grid
 from mteo.metrics import nrmse, paired_bootstrap_ratio, per_picture
 from mteo.recipe import Recipe
-from mteo.tableau import combine, euler_tableau, started_at, with_matrix
+from mteo.tableau import Tableau, combine, euler_tableau, started_at
 from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
@@ -84,17 +84,16 @@ def named(own, pairs: Trajectories, steps: int = STEPS) -> dict[str, dict[str, f
     return own.session(work)
 
 
-def free_rival(own, pairs: Trajectories, count: int) -> dict[str, tuple[list[float], torch.Tensor]]:
-    """The plain model at its best, for this cfg alone: {"grid only" (Euler on the searched σ), "grid, last row", "grid, all rows"} ->
-    (σ of the calls, matrix). The search that a free grid starts from; then σ and all inner coefficients by Nelder–Mead on `count` pairs, the last
+def free_rival(own, pairs: Trajectories, count: int) -> dict[str, Tableau]:
+    """The plain model at its best, for this cfg alone: {"grid only" (Euler on the searched σ), "grid, last row", "grid, all rows"}.
+    The search that a free grid starts from; then σ and all inner coefficients by Nelder–Mead on `count` pairs, the last
     row solved each time; the last row once more on all validation pairs."""
 
     def work(session):
         some, more, whole = (calls_of(session, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
         [found] = search_grid([some], STEPS, float(session.sampling.sigma_max), session.flow)
         euler = started_at(euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)])), float(session.sampling.sigma_max))
-        kept = {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS, session.flow))[1]}
-        return {name: (tableau.sigmas.tolist(), tableau.matrix) for name, tableau in kept.items()}
+        return {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS, session.flow))[1]}
 
     return own.session(work)
 
@@ -124,8 +123,8 @@ def errors_at(cfg: float, folder: Path, own, test: Trajectories, plain: dict, fr
     errors = {name: test_errors(own, test, embeddings.tables[STEPS].tableau_at(cfg), embeddings) for name, embeddings in tables.items()}
     solver, grid = best_named(plain)
     errors[f"{NAMED}{solver}/{grid}"] = test_errors(own, test, solver_tableau(solver, grids[grid], sampling))
-    for name, (sigmas, matrix) in free.items():
-        errors[f"{FREE}{name}"] = test_errors(own, test, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
+    for name, tableau in free.items():
+        errors[f"{FREE}{name}"] = test_errors(own, test, tableau)
     for solver in SAME:
         errors[f"plain, {solver}"] = test_errors(own, test, solver_tableau(solver, grids[named_grid_of(folder, solver)], sampling))
     coarse, finer = (teacher_pairs(own, 64, cfg, 1004, steps).end for steps in (24, 48))

@@ -12,7 +12,6 @@ from mteo.comfyui.patch import choose_table
 from mteo.embeddings import load_embeddings
 from mteo.gridsearch import LEVELS, ROUNDS, SEARCHED
 from mteo.metrics import nrmse
-from mteo.tableau import euler_tableau, with_matrix
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers, weights_file
 
@@ -50,7 +49,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a peer's training takes, those of its teacher included; 0: no peers and no bound")
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
     parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
-    parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
+    parser.add_argument("--cfg", type=float, help="this one alone, with a report of its own; also for a second process beside")
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--table", type=Path, help="default: the model's own")
     told = parser.parse_args(arguments)
@@ -66,11 +65,9 @@ def run(arguments: list[str]) -> dict:
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
         result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
     show(result)
-    if told.cfg is not None:
-        return {"cfg": told.cfg}
-    summary = keys_of(result, told.budgets)
-    write_result(f"quality-{told.model}", dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
-    plot(result, RESULTS / f"quality-{told.model}.png")
+    summary, name = keys_of(result, told.budgets), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
+    write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
+    plot(result, RESULTS / f"{name}.png")
     return summary
 
 
@@ -93,8 +90,8 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
         solver, grid = best_named(stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps))
         tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
         sets[f"plain {steps}, {solver}/{grid}"] = stage(folder, f"plain-{steps}-{cfg:g}", ends_of, own, pairs, tableau)
-    sigmas, matrix = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
-    sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, with_matrix(euler_tableau(torch.tensor([*sigmas, 0.0])), matrix))
+    free = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
+    sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, free)
     if told.peers:
         sets |= peers_of(folder, own, seen, told, stage(folder, f"named-{STEPS}-{cfg:g}", named, choosing, validation, STEPS), pairs, cfg)
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)

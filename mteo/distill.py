@@ -245,7 +245,7 @@ def keep_best(state: State, parameters, tableau, denoise, perceive, validation, 
         state.best_score, state.best_error = score, error
         state.best_offsets = {path: value.detach().clone() for path, value in parameters.items()}
     load(parameters, state.offsets)
-    state.log.append(dict(iteration=state.iteration, loss=loss, held_out=error, unlike=unlike, best=state.best_error))
+    state.log.append(dict(iteration=state.iteration, loss=loss, held_out=error, mean=float(errors.mean()), median=float(errors.median()), unlike=unlike, best=state.best_error))
     return state.log[-1]
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import save
 
 from .errors import MTEOError
 from .sites import SPACES
-from .tableau import MAX_CALLS, Tableau, make_tableau, with_matrix
+from .tableau import MAX_CALLS, Tableau, between, make_tableau
 
-FORMAT = 3
+FORMAT = 4
 STORED = torch.float16  # of the rows in a file: eleven binary digits of each number
 
 
@@ -24,7 +24,8 @@ class Table:
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`). guidance: the G cfg values, rising.
-    offsets: site path -> [G, R, D]. learned: the solver's coefficients as sampled [G, N+1, N+1], None = its own. record: how it was trained (JSON).
+    offsets: site path -> [G, R, D]. learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau, whose σ are
+    the means of theirs, only say where in the schedule a call is, and what strength 0 is. record: how it was trained (JSON).
     guided: the first rows, which evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """
 
@@ -35,7 +36,7 @@ class Table:
     tableau: Tableau
     guidance: list[float]
     offsets: dict[str, torch.Tensor]
-    learned: torch.Tensor | None = None
+    learned: list[Tableau] | None = None
     solver_options: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
     guided: int = MAX_CALLS
@@ -58,8 +59,7 @@ class Table:
         """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 = as trained."""
         if self.learned is None:
             return self.tableau
-        learned = (self.shares(cfg).double().view(-1, 1, 1) * self.learned).sum(0)
-        return with_matrix(self.tableau, self.tableau.matrix + strength * (learned - self.tableau.matrix))
+        return between(self.tableau, self.learned, self.shares(cfg), strength)
 
 
 @dataclass
@@ -86,7 +86,8 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
             tensors[f"{steps}.{site}"] = rows.detach().cpu().to(STORED).contiguous()
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
         if table.learned is not None:
-            tensors[f"{steps}.solver.learned"] = table.learned.cpu().double().contiguous()
+            tensors[f"{steps}.solver.learned"] = torch.stack([own.matrix.cpu().double() for own in table.learned])
+            tensors[f"{steps}.solver.told"] = torch.stack([own.sigmas.cpu().double() for own in table.learned])
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
         about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance, guided=table.guided,
                                  solver_options=table.solver_options, record=table.record)
@@ -157,12 +158,18 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     prefix = f"{steps}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
-    learned, guidance = own.pop("solver.learned", None), [float(value) for value in facts["guidance"]]
+    learned, told, guidance = own.pop("solver.learned", None), own.pop("solver.told", None), [float(value) for value in facts["guidance"]]
     rows, size = len(tableau.row_sigmas), len(tableau.sigmas) + 1
     if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (size, size):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
-    if not guidance or sorted(set(guidance)) != guidance or (learned is not None and learned.shape != (len(guidance), size, size)):
+    if not guidance or sorted(set(guidance)) != guidance:
         raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
+    if learned is not None:
+        if told is None or learned.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1):
+            raise ValueError(f"the table for {steps} steps has a solver that does not fit its cfg values")
+        learned = [make_tableau(sigmas, matrix) for sigmas, matrix in zip(told.tolist(), learned, strict=True)]
+        if any(one.rows != tableau.rows for one in learned):
+            raise ValueError(f"the table for {steps} steps has calls at other σ than its rows")
     for site, value in own.items():
         if value.dim() != 3 or value.shape[:2] != (len(guidance), rows):
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")

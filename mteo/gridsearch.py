@@ -23,7 +23,7 @@ KEPT = 64  # calls that are remembered
 
 def no_progress(stage: str, done: int, total: int, **facts) -> None:
     """What `progress` is: called at every chunk, trial and step; may raise to cancel. part=(i, n): the stage is of cfg value i of n.
-    A validation of the training brings facts: iteration, loss, held_out, best, picture."""
+    A validation of the training brings facts: iteration, loss, held_out (pooled), mean, median, unlike, best, picture."""
 
 
 def levels(steps: int, sigma_max: float, flow: bool = False) -> list[list[float]]:

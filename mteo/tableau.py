@@ -154,3 +154,10 @@ def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
     if matrix.shape != tableau.matrix.shape:
         raise MTEOError(f"The solver's table is {tuple(tableau.matrix.shape)}, the new one {tuple(matrix.shape)}: correct the same solver.")
     return replace(tableau, matrix=matrix.double())
+
+
+def between(own: Tableau, others: list[Tableau], shares: torch.Tensor, strength: float) -> Tableau:
+    """`own` moved towards the mean of `others` by their shares [len(others)], in σ and in coefficients alike: with the noise in an x, which column 0 gives, goes the σ that is told of it.
+    strength 0 = `own`, 1 = the mean. All have the same rows in the same order."""
+    blend = lambda value, values: value + strength * (torch.tensordot(shares.double(), torch.stack(values), 1) - value)
+    return Tableau(blend(own.sigmas, [other.sigmas for other in others]), blend(own.row_sigmas, [other.row_sigmas for other in others]), own.rows, blend(own.matrix, [other.matrix for other in others]))

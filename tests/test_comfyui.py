@@ -75,7 +75,7 @@ def test_the_table_of_a_sampler_is_the_sampler(request, objects, name):
         listening, seen = recording(sampler)
         own = sample(model, positive, negative, listening, sigmas.clone())
         same = model.model.process_latent_out(combine(tableau.matrix[-1], seen))
-        told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau), sigmas.clone())
+        told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau, tableau.sigmas.tolist()), sigmas.clone())
         # UniPC sets the caller's last σ to .001, and a flow model's result is then divided by 1 − σ: ComfyUI's own pictures are .1 % brighter there [5]
         brighter = 1e-3 if (name, objects) == ("uni_pc", "flow_objects") else 0.0
         apart = lambda other: (own - other).abs().max() / own.abs().max()
@@ -268,6 +268,7 @@ def test_the_model_as_it_was_after_an_error_in_mid_sampling(comfy_objects):
 def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
     """A table with learned rows, stopped after two steps, leaves the x of the third call."""
     from mteo.comfyui.sampling import sample_latent
+    from mteo.tableau import with_matrix
 
     model, _, positive, negative = comfy_objects
     with torch.inference_mode():
@@ -275,7 +276,7 @@ def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
 
         embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model), fill=0.1)
         table = embeddings.tables[3]
-        table.learned = 1.01 * table.tableau.matrix[None]
+        table.learned = [with_matrix(table.tableau, 1.01 * table.tableau.matrix)]
         latent = {"samples": torch.zeros(1, 32, 8, 8), "downscale_ratio_spacial": 8}
         take = lambda **more: sample_latent(model, embeddings, latent, 5, positive, negative, cfg=4.0, **more)["samples"]
         noisy, early, whole = take(end_step=2, leftover_noise=True), take(end_step=2), take()
@@ -320,21 +321,23 @@ def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objec
 
 
 def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_objects):
-    """Offsets and learned rows at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway the mean of both; beyond, the end one's."""
+    """Offsets, learned rows and the σ of the calls at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway the mean of both; beyond, the end one's."""
     import comfy.samplers
 
     from mteo.comfyui.sampling import applied
     from mteo.embeddings import Embeddings
+    from mteo.tableau import Tableau
 
     model, _, positive, negative = comfy_objects
     with torch.inference_mode():
         sampler, sigmas = comfy.samplers.sampler_object("euler"), grid(model)
         one, three, mean, both = (zero_embeddings(model, sampler, sigmas) for _ in range(4))
-        for own, fill, scale in ((one, 0.1, 1.01), (three, 0.3, 1.03), (mean, 0.2, 1.02)):
-            own.tables[3].learned = scale * own.tables[3].tableau.matrix[None]
+        for own, fill, scale, lower in ((one, 0.1, 1.01, 0.9), (three, 0.3, 1.03, 0.7), (mean, 0.2, 1.02, 0.8)):
+            plain = own.tables[3].tableau
+            own.tables[3].learned = [Tableau(lower * plain.sigmas, lower * plain.row_sigmas, plain.rows, scale * plain.matrix)]
             own.tables[3].offsets = {path: rows + fill for path, rows in own.tables[3].offsets.items()}
         table = both.tables[3]
-        table.guidance, table.learned = [1.0, 3.0], torch.cat([own.tables[3].learned for own in (one, three)])
+        table.guidance, table.learned = [1.0, 3.0], [*one.tables[3].learned, *three.tables[3].learned]
         table.offsets = {path: torch.cat([one.tables[3].offsets[path], three.tables[3].offsets[path]]) for path in table.offsets}
 
         def take(embeddings: Embeddings, cfg: float):

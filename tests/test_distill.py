@@ -178,7 +178,7 @@ def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
 
 
 def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
-    """One grid for both cfg values, told in falling order, and coefficients of each from the start on."""
+    """σ and coefficients of each cfg value from the start on, told in falling order; the schedule between them."""
     from mteo.comfyui.training import distill_model
     from mteo.embeddings import load_embeddings
 
@@ -186,11 +186,22 @@ def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
     with torch.inference_mode():
         table = distill_model(*parts, recipe, tmp_path / "run").embeddings.tables[3]
     start = load_embeddings(tmp_path / "run" / "start.safetensors").tables[3]
-    assert start.guidance == table.guidance == [1.0, 4.0] and not torch.allclose(start.learned[0], start.learned[1], rtol=1e-2)
+    assert start.guidance == table.guidance == [1.0, 4.0] and not torch.allclose(start.learned[0].matrix, start.learned[1].matrix, rtol=1e-2)
     assert table.sigmas == start.sigmas and table.sigmas[0] > table.sigmas[1] > table.sigmas[2] > table.sigmas[3] == 0
     assert table.sigmas[0] > table.tableau.sigmas[0] > table.sigmas[1], "the first call is told less than sigma_max"
-    assert not torch.equal(table.learned[0, -2], table.tableau.matrix[-2])
-    assert table.learned[0, 1, 2:].abs().max() == 0, "a call must not read what comes after it"
+    for own, found in zip(table.learned, start.learned, strict=True):
+        assert own.sigmas.tolist() == found.sigmas.tolist() == sorted(found.sigmas.tolist(), reverse=True)
+        assert float(own.start_sigma) == pytest.approx(table.sigmas[0], rel=1e-6)
+        assert not torch.equal(own.matrix[-2], found.matrix[-2])
+        assert own.matrix[1, 2:].abs().max() == 0, "a call must not read what comes after it"
+
+
+def test_a_diagnosis_of_too_few_pictures_is_refused(parts):
+    from mteo.comfyui.diagnosis import diagnose_model
+    from mteo.errors import MTEOError
+
+    with pytest.raises(MTEOError, match="^trajectories is 3: give 4 or more"):
+        diagnose_model(*parts, Recipe(), pictures=3)
 
 
 def test_a_searched_grid_without_rows_is_for_any_sampler(parts):

@@ -72,7 +72,7 @@ def test_sample_and_inspect(done):
     assert told.returncode == 0 and Image.open(picture).width > 200, told.stderr[-2000:]
     seen = trainer("inspect", table).stdout
     assert "3 steps of euler, rows learned" in seen and "middle_block.0.emb_layers.1" in seen
-    assert "(the first call is told 7." in trainer("inspect", ROOT / "reference" / "tables" / "reference-3steps.safetensors").stdout
+    assert "cfg 1: calls told 7." in trainer("inspect", ROOT / "reference" / "tables" / "reference-3steps.safetensors").stdout
 
 
 def test_comfyuis_nodes_are_imported_not_the_packs(comfyui_root):

@@ -18,14 +18,13 @@ def describe(path: Path) -> list[str]:
     numbers = lambda values: " ".join(f"{value:.4g}" for value in values)
     lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}"]
     for steps, table in sorted(embeddings.tables.items()):
-        first = float(table.tableau.sigmas[0])
-        told = f" (the first call is told {first:.4g})" if first < 0.999 * table.sigmas[0] else ""
-        lines.append(f"{steps} steps of {table.solver}{', rows learned' if table.learned is not None else ''}; sigmas {numbers(table.sigmas)}{told}; cfg {numbers(table.guidance)}{f', guided in its first {table.guided} only' if table.alone else ''}")
+        lines.append(f"{steps} steps of {table.solver}{', rows learned' if table.learned is not None else ''}; sigmas {numbers(table.sigmas)}; cfg {numbers(table.guidance)}{f', guided in its first {table.guided} only' if table.alone else ''}")
         width = max(map(len, table.offsets))
         for number, cfg in enumerate(table.guidance):
             log = [line for line in table.record.get("log", []) if line["cfg"] == cfg]
             if log:
                 lines.append(f"  cfg {cfg:g}: held-out error {log[0]['held_out']:.4f} -> {log[-1]['best']:.4f} in {log[-1]['iteration']} optimiser steps")
+            lines.append(f"  cfg {cfg:g}: calls told {numbers(table.tableau_at(cfg).sigmas)}")
             lines.append(f"  {'root mean square of Δ, row:':{width}} " + " ".join(f"{row:>8}" for row in range(len(table.tableau.row_sigmas))))
             for site, rows in table.offsets.items():
                 lines.append(f"  {site:{width}} " + " ".join(f"{float(value):8.4f}" for value in rows[number].square().mean(1).sqrt()))

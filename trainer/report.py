@@ -18,7 +18,7 @@ class Bars:
             self.stage, self.bar = stage, tqdm(total=total, desc=stage, initial=done)
         self.bar.update(done - self.bar.n)
         if facts:
-            self.bar.set_postfix({name: f"{facts[name]:.4f}" for name in ("loss", "held_out", "unlike", "best") if facts.get(name) is not None})
+            self.bar.set_postfix({name: f"{facts[name]:.4f}" for name in ("loss", "held_out", "mean", "unlike", "best") if facts.get(name) is not None})
         if picture is not None and self.show:
             self.show(part[0], facts["iteration"], picture)
 

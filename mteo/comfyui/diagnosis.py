@@ -7,6 +7,7 @@ import torch
 
 from ..diagnose import offsets_share, row_error
 from ..embeddings import Embeddings
+from ..errors import MTEOError
 from ..gridsearch import Plain, no_progress, search_grid
 from ..metrics import by_frequency, nrmse
 from ..recipe import FREE, Recipe
@@ -41,6 +42,8 @@ class Diagnosis:
 
 def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, pictures: int = 128, embeddings: Embeddings | None = None, progress=no_progress) -> list[Diagnosis]:
     """One for each of the recipe's cfg values, of `pictures` trajectories that no training uses. The model is not changed. MTEOError as `distill_model`."""
+    if pictures < 4:
+        raise MTEOError(f"trajectories is {pictures}: give 4 or more, as shares are found on one half of them and counted on the other.")
     found = []
     with training_mode():
         private = private_copy(model)
@@ -99,10 +102,11 @@ def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagn
     table = patch.table
     tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
     patch.offsets.scale = 0.0
-    wanted, _ = follow(teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, table.sigmas)
+    schedule = tableau.schedule.tolist()
+    wanted, _ = follow(teacher_tableau(session, refined_of(session, schedule, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, schedule)
     patch.offsets.scale = 1.0
-    states, end = follow(tableau, partial(denoise_of(session, table.alone), batch=pairs), pairs.start, table.sigmas)
+    states, end = follow(tableau, partial(denoise_of(session, table.alone), batch=pairs), pairs.start, schedule)
     errors = (states - wanted).double().square().mean((0, *range(2, states.dim()))).sqrt() / spread
-    diagnosis.states = dict(zip(table.sigmas[1:-1], errors.tolist(), strict=True))
+    diagnosis.states = dict(zip(schedule[1:-1], errors.tolist(), strict=True))
     diagnosis.table = diagnosis.states[0.0] = nrmse(end, pairs.end)["pooled"]
     diagnosis.bands = by_frequency(end, pairs.end)

@@ -32,9 +32,7 @@ class Patch:
             raise MTEOError(f'off_grid is "{off_grid}": choose one of {", ".join(POLICIES)}.')
         self.table, self.space, self.off_grid, self.strength = table, space, off_grid, strength
         self.cfg = table.guidance[0]
-        self.row_sigmas = table.tableau.row_sigmas.float()
-        self.windows, self.row_of_window = windows(self.row_sigmas)
-        self.bounds = self.windows.tolist()
+        self.look_at(self.cfg)
         self.offsets = Offsets(table.offsets_at(self.cfg), self.row_of_window if off_grid in ("error", "off") else None)
         self.offsets.scale = strength
         self.modules = (None, {})  # (the network, its module of each site)
@@ -43,10 +41,17 @@ class Patch:
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
     def at(self, cfg: float) -> None:
-        """From now on the offsets for this cfg."""
+        """From now on the offsets for this cfg, at the σ of their calls at it."""
         if cfg != self.cfg:
             self.cfg = cfg
             self.offsets.replace(self.table.offsets_at(cfg))
+            self.look_at(cfg)
+
+    def look_at(self, cfg: float) -> None:
+        """Where the rows are at this cfg; their order is that of the table's at any."""
+        self.row_sigmas = self.table.tableau_at(cfg, self.strength).row_sigmas.float()
+        self.windows, self.row_of_window = windows(self.row_sigmas)
+        self.bounds = self.windows.tolist()
 
     def inject(self, patcher) -> None:
         kept = getattr(patcher.model, KEPT, None)

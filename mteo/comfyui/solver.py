@@ -62,15 +62,16 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
     return probe(run, sigmas, name)
 
 
-def tableau_sampler(tableau_at, alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops where `sigmas` stops."""
+def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops at the call that has the last of `sigmas` in `schedule` [N],
+    whatever σ the table tells there."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
         cfg = cfg_of(guider)
         tableau = tableau_at(cfg)
         last, ones = float(sigmas[-1]), x.new_ones(len(x))
-        calls = next((call for call, sigma in enumerate(tableau.sigmas.tolist()) if sigma <= last * (1 + 1e-4)), len(tableau.sigmas))
+        calls = next((call for call, sigma in enumerate(schedule) if sigma <= last * (1 + 1e-4)), len(schedule))
         terms, matrix = [x], tableau.matrix
 
         for call in trange(calls, disable=disable):
@@ -102,5 +103,5 @@ def guided_by(guider, cfg: float):
 def table_sampler(table: Table, strength: float = 1.0) -> comfy.samplers.KSAMPLER:
     """The SAMPLER of a table: the named one where nothing was learned of it and all calls are guided, else one that executes its coefficients."""
     if table.learned is not None or table.alone or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
-        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.alone if strength else ())
+        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.tableau.sigmas.tolist(), table.alone if strength else ())
     return comfy.samplers.sampler_object(table.solver)

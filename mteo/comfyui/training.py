@@ -108,27 +108,29 @@ def denoise_of(session: Session, alone: Sequence[int] = ()):
 
 
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
-    """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients."""
-    if isinstance(grid, str):
+    """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are learned, each cfg value gets σ of its own;
+    elsewhere the named solver's coefficients go with one grid for all."""
+    free = isinstance(grid, str)
+    read = lambda sigmas: euler_tableau(sigmas) if sampler is None and recipe.solver == "euler" else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
+    if free:
+        apart = recipe.rows == "all" and len(read(karras_of(session, recipe.steps)).sigmas) == recipe.steps
         teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
         rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
         told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
         pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
         plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
         with torch.no_grad():
-            found = search_grid(plains, recipe.steps, float(session.sampling.sigma_max), session.flow, progress, analytic=recipe.rows != "solver")
-        grid = torch.cat([found[0].sigmas, torch.zeros(1, dtype=torch.float64)]).float()
-    if sampler is None and recipe.solver == "euler":
-        base = euler_tableau(grid)
-    else:
-        base = read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), grid, session.sampling, name)
-    if recipe.grid == FREE:
+            search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
+            found = [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
+        grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
+    base = read(grid)
+    if free:
         base = started_at(base, float(session.sampling.sigma_max))
         grid[0] = session.sampling.sigma_max
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
-    if recipe.grid == FREE and recipe.rows == "all" and len(base.sigmas) == recipe.steps:
-        table.guidance, table.learned = sorted(recipe.guidance), torch.stack([own.matrix for own in found])  # training starts from the rows that were found
+    if free and apart:
+        table.guidance, table.learned = sorted(recipe.guidance), found  # training starts from what was found
         table.offsets = {path: rows.expand(len(found), -1, -1).clone() for path, rows in table.offsets.items()}
     return table
 
@@ -171,7 +173,7 @@ def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, n
 
 def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, store: "RunFolder", progress) -> Table:
     """The patch's table, trained at the recipe's cfg value of that number, which it then is for."""
-    sigmas, total = torch.tensor(patch.table.sigmas), recipe.sequential + recipe.iterations
+    sigmas, total = patch.table.tableau_at(recipe.guidance[number]).schedule.float(), recipe.sequential + recipe.iterations
     teacher = teacher_tableau(session, refined_of(session, sigmas, recipe.teacher_steps))
     pairs = gather(session, teacher, sigmas, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
     held_out = gather(session, teacher, sigmas, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
@@ -192,11 +194,12 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
 
 def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajectories, held_out: Trajectories, state: State | None, progress) -> Table:
     """The patch's table after `distill` on pairs of one cfg."""
+    patch.at(cfg)
     patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
     perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perceives(cfg) else None
     best, tableau, state = distill(denoise_of(session, patch.table.alone), perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
     return replace(patch.table, guidance=[cfg], offsets={path: as_stored(rows)[None] for path, rows in best.items()},
-                   learned=None if recipe.rows == "solver" else tableau.matrix[None], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))
+                   learned=None if recipe.rows == "solver" else [tableau], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))
 
 
 def joined(parts: list[Table]) -> Table:
@@ -204,7 +207,7 @@ def joined(parts: list[Table]) -> Table:
     parts = sorted(parts, key=lambda part: part.guidance[0])
     record = parts[0].record | dict(log=[line for part in parts for line in part.record["log"]])
     return replace(parts[0], guidance=[part.guidance[0] for part in parts], offsets={path: torch.cat([part.offsets[path] for part in parts]) for path in parts[0].offsets},
-                   learned=None if parts[0].learned is None else torch.cat([part.learned for part in parts]), record=record)
+                   learned=None if parts[0].learned is None else [own for part in parts for own in part.learned], record=record)
 
 
 def compare_model(model, embeddings: Embeddings, positives: list, negative, latent: torch.Tensor, recipe: Recipe, count: int, seed: int) -> dict[str, torch.Tensor]:

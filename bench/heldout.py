@@ -92,7 +92,7 @@ def free_rival(own, pairs: Trajectories, count: int) -> dict[str, Tableau]:
     def work(session):
         some, more, whole = (calls_of(session, pairs.part(slice(0, n))) for n in (count // 2, count, len(pairs)))
         [found] = search_grid([some], STEPS, float(session.sampling.sigma_max), session.flow)
-        euler = started_at(euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)])), float(session.sampling.sigma_max))
+        euler = started_at(euler_tableau(torch.cat([found.sigmas, torch.zeros(1, dtype=torch.float64)])), float(session.sampling.sigma_max), found.mean)
         return {"grid only": euler, "grid, last row": whole.solved(found)[1], "grid, all rows": whole.solved(refine(more, found, TRIALS, session.flow))[1]}
 
     return own.session(work)

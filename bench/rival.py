@@ -20,7 +20,7 @@ def refine(plain: Plain, start: Tableau, trials: int, flow: bool = False) -> Tab
         told = start.sigmas.tolist()
         for call, step in zip(moved, change, strict=False):
             told[call] = float(sigma_of(ratio_of(told[call], flow) * 2.0**step, flow))
-        tableau = student_start(sigma_max, told)
+        tableau = student_start(sigma_max, told, start.mean)
         matrix = tableau.matrix.clone()
         for (row, column), value in zip(places, change[len(moved) :], strict=True):
             matrix[row, column] += value / (sigma_max if column == 0 else 1.0)

@@ -85,7 +85,7 @@ def corrected(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> Tableau:
 
 def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None) -> list[torch.Tensor]:
     """[x_T, D_0, …, D_{calls-1}] of the student; denoise(x, call, sigma) -> D."""
-    matrix, terms = tableau.matrix.to(start.device), [start]
+    matrix, terms = tableau.matrix.to(start.device), [tableau.begun(start)]
     for call, sigma in enumerate(tableau.sigmas.tolist()[:calls]):
         terms.append(denoise(combine(matrix[call], terms), call, sigma))
     return terms

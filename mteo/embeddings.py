@@ -2,7 +2,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ class Table:
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`). guidance: the G cfg values, rising.
-    offsets: site path -> [G, R, D]. learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau, whose σ are
-    the means of theirs, only say where in the schedule a call is, and what strength 0 is. record: how it was trained (JSON).
+    offsets: site path -> [G, R, D]. learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau, whose σ and
+    mean are the means of theirs, only say where in the schedule a call is, and what strength 0 is. record: how it was trained (JSON).
     guided: the first rows, which evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """
 
@@ -87,6 +87,8 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
         tensors[f"{steps}.solver.matrix"] = table.tableau.matrix.cpu().double().contiguous()
         if table.learned is not None:
             tensors[f"{steps}.solver.learned"] = torch.stack([own.matrix.cpu().double() for own in table.learned])
+            if table.tableau.mean is not None:
+                tensors[f"{steps}.solver.mean"] = torch.stack([own.mean.cpu().float() for own in table.learned])
             tensors[f"{steps}.solver.told"] = torch.stack([own.sigmas.cpu().double() for own in table.learned])
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
         about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance, guided=table.guided,
@@ -158,16 +160,17 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     prefix = f"{steps}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
-    learned, told, guidance = own.pop("solver.learned", None), own.pop("solver.told", None), [float(value) for value in facts["guidance"]]
+    learned, told, mean, guidance = own.pop("solver.learned", None), own.pop("solver.told", None), own.pop("solver.mean", None), [float(value) for value in facts["guidance"]]
     rows, size = len(tableau.row_sigmas), len(tableau.sigmas) + 1
     if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (size, size):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
     if not guidance or sorted(set(guidance)) != guidance:
         raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
     if learned is not None:
-        if told is None or learned.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1):
+        if told is None or learned.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1) or (mean is not None and (mean.dim() != 2 or len(mean) != len(guidance))):
             raise ValueError(f"the table for {steps} steps has a solver that does not fit its cfg values")
-        learned = [make_tableau(sigmas, matrix) for sigmas, matrix in zip(told.tolist(), learned, strict=True)]
+        learned = [make_tableau(sigmas, matrix, own_mean) for sigmas, matrix, own_mean in zip(told.tolist(), learned, [None] * len(told) if mean is None else mean, strict=True)]
+        tableau = tableau if mean is None else replace(tableau, mean=mean.mean(0))
         if any(one.rows != tableau.rows for one in learned):
             raise ValueError(f"the table for {steps} steps has calls at other σ than its rows")
     for site, value in own.items():

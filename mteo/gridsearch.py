@@ -58,10 +58,11 @@ class Plain:
 
     def __init__(self, denoise, pairs: Trajectories):
         self.denoise, self.pairs, self.known = denoise, pairs, {}
+        self.mean = pairs.end.mean((0, *range(2, pairs.end.dim()))).float().cpu()  # [C]
 
     def terms(self, tableau: Tableau) -> list[torch.Tensor]:
         """[x_T, D_0, …]; all calls but the last are remembered."""
-        terms, past = [self.pairs.start], ()
+        terms, past = [tableau.begun(self.pairs.start)], (tableau.mean is None,)
         for call, sigma in enumerate(tableau.sigmas.tolist()):
             past = (*past, round(sigma, 7), *(round(value, 9) for value in tableau.matrix[call].tolist()))
             denoised = self.known.get(past)
@@ -83,9 +84,9 @@ class Plain:
         return (columns @ matrix[-1] - target).view(len(self.pairs), -1).square().mean(1).sqrt(), with_matrix(tableau, matrix)
 
 
-def student_start(sigma_max: float, told: Sequence[float]) -> Tableau:
-    """DPM++ 2M from x_T at sigma_max, its calls at the σ `told` [K]; the step to the first of them is for nothing."""
-    return started_at(multistep_tableau(torch.tensor([*told, 0.0], dtype=torch.float64)), sigma_max)
+def student_start(sigma_max: float, told: Sequence[float], mean: torch.Tensor | None = None) -> Tableau:
+    """DPM++ 2M from x_T at sigma_max, its calls at the σ `told` [K]; the step to the first of them is for nothing and takes `mean` [C] for the denoised."""
+    return started_at(multistep_tableau(torch.tensor([*told, 0.0], dtype=torch.float64)), sigma_max, mean)
 
 
 def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress, analytic: bool = True) -> list[Tableau]:
@@ -95,12 +96,13 @@ def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = 
     choices = levels(steps + 1, sigma_max, flow) if analytic else [[], *levels(steps, sigma_max, flow)]
     choices[0].append(sigma_max)
     known: dict[tuple[float, ...], float] = {}
+    solved = lambda plain, sigmas: plain.solved(student_start(sigma_max, sigmas, plain.mean if analytic else None))
     told = lambda place: tuple(values[i] for values, i in zip(choices, place, strict=True))
 
     def score(place: tuple[int, ...]) -> float:
         sigmas = told(place)
         if sigmas not in known:
-            known[sigmas] = math.prod(float(plain.solved(student_start(sigma_max, sigmas))[0].mean()) for plain in plains)
+            known[sigmas] = math.prod(float(solved(plain, sigmas)[0].mean()) for plain in plains)
         return known[sigmas]
 
     def allowed(place: tuple[int, ...]) -> bool:
@@ -119,4 +121,4 @@ def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = 
         if best == before:
             break
     progress("grid", 1, 1)
-    return [plain.solved(student_start(sigma_max, told(best)))[1] for plain in plains]
+    return [solved(plain, told(best))[1] for plain in plains]

@@ -13,12 +13,20 @@ ACCURACY = 1e-5  # relative; float32 rounding of uni_pc reaches 4e-6 (traps 5)
 @dataclass(frozen=True)
 class Tableau:
     """sigmas [N]: σ at each network call, in call order. row_sigmas [R]: the distinct ones, in order of first use. rows: call
-    -> row. matrix [N+1, N+1] float64: row j < N gives the x of call j, row N the result; column 0 = x_T, column 1+i = D_i."""
+    -> row. matrix [N+1, N+1] float64: row j < N gives the x of call j, row N the result; column 0 = x_T, column 1+i = D_i. mean [C]: of the latents by
+    channel, where the first call is below the σ of x_T (`started_at`); None = 0."""
 
     sigmas: torch.Tensor
     row_sigmas: torch.Tensor
     rows: tuple[int, ...]
     matrix: torch.Tensor
+    mean: torch.Tensor | None = None
+
+    def begun(self, x: torch.Tensor) -> torch.Tensor:
+        """x_T [B, C, …] moved so that row 0 times it is the step from x_T to the first call with D = mean: r·x_T + (1 − r)·mean, r = σ_0 ÷ σ of x_T."""
+        if self.mean is None:
+            return x
+        return x + (float(self.start_sigma / self.sigmas[0]) - 1) * self.mean.to(x).view(-1, *[1] * (x.dim() - 2))
 
     @property
     def schedule(self) -> torch.Tensor:
@@ -96,7 +104,7 @@ def _run(run, recorder, start, sigmas, seed, refuse):
         raise refuse(f"cannot be read ({type(error).__name__})") from error
 
 
-def make_tableau(sigmas: list[float], matrix: torch.Tensor) -> Tableau:
+def make_tableau(sigmas: list[float], matrix: torch.Tensor, mean: torch.Tensor | None = None) -> Tableau:
     """Tableau from σ in call order and its matrix; equal σ share a row (traps 6)."""
     distinct, rows = [], []
     for sigma in sigmas:
@@ -105,7 +113,7 @@ def make_tableau(sigmas: list[float], matrix: torch.Tensor) -> Tableau:
             match = len(distinct)
             distinct.append(sigma)
         rows.append(match)
-    return Tableau(torch.tensor(sigmas, dtype=torch.float64), torch.tensor(distinct, dtype=torch.float64), tuple(rows), matrix)
+    return Tableau(torch.tensor(sigmas, dtype=torch.float64), torch.tensor(distinct, dtype=torch.float64), tuple(rows), matrix, mean)
 
 
 def euler_tableau(sigmas: torch.Tensor) -> Tableau:
@@ -121,17 +129,17 @@ def euler_tableau(sigmas: torch.Tensor) -> Tableau:
     return make_tableau(sigma[:-1].tolist(), matrix)
 
 
-def started_at(tableau: Tableau, sigma_max: float) -> Tableau:
-    """The same calls for an x_T at sigma_max above their first σ, with no evaluation for the step between: the denoised is taken to be 0 there, the mean of latents, as
+def started_at(tableau: Tableau, sigma_max: float, mean: torch.Tensor | None = None) -> Tableau:
+    """The same calls for an x_T at sigma_max above their first σ, with no evaluation for the step between: the denoised is taken to be `mean` [C] there, that of latents by channel (None = 0), as
     nothing of a picture can be seen (analytic first step: GENIE, Dockhorn et al. 2022; AMED, Zhou et al. 2024)."""
     matrix = tableau.matrix.clone()
     matrix[:, 0] *= tableau.sigmas[0] / sigma_max
-    return with_matrix(tableau, matrix)
+    return replace(with_matrix(tableau, matrix), mean=mean)
 
 
 def execute(tableau: Tableau, denoise, x: torch.Tensor) -> torch.Tensor:
     """Run the table from x = x_T; denoise(x, call, sigma) -> D. Differentiable."""
-    terms, matrix = [x], tableau.matrix.to(x.device)
+    terms, matrix = [tableau.begun(x)], tableau.matrix.to(x.device)
     for call, sigma in enumerate(tableau.sigmas.tolist()):
         terms.append(denoise(combine(matrix[call], terms), call, sigma))
     return combine(matrix[-1], terms)
@@ -157,7 +165,11 @@ def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
 
 
 def between(own: Tableau, others: list[Tableau], shares: torch.Tensor, strength: float) -> Tableau:
-    """`own` moved towards the mean of `others` by their shares [len(others)], in σ and in coefficients alike: with the noise in an x, which column 0 gives, goes the σ that is told of it.
-    strength 0 = `own`, 1 = the mean. All have the same rows in the same order."""
-    blend = lambda value, values: value + strength * (torch.tensordot(shares.double(), torch.stack(values), 1) - value)
-    return Tableau(blend(own.sigmas, [other.sigmas for other in others]), blend(own.row_sigmas, [other.row_sigmas for other in others]), own.rows, blend(own.matrix, [other.matrix for other in others]))
+    """`own` moved towards the blend of `others` by their shares [len(others)], in σ and in coefficients alike: with the noise in an x, which column 0 gives, goes the σ that is told of it.
+    strength 0 = `own`, 1 = the blend. All have the same rows in the same order, and all a mean or none."""
+
+    def moved(name: str) -> torch.Tensor:
+        value, values = getattr(own, name), torch.stack([getattr(other, name) for other in others])
+        return value + strength * (torch.tensordot(shares.to(value), values, 1) - value)
+
+    return Tableau(moved("sigmas"), moved("row_sigmas"), own.rows, moved("matrix"), None if own.mean is None else moved("mean"))

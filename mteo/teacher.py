@@ -45,7 +45,7 @@ def follow(tableau: Tableau, denoise, start: torch.Tensor, student_sigmas) -> tu
     """
     matrix, sigmas = tableau.matrix.to(start), tableau.sigmas.tolist()
     wanted = [float(s) for s in student_sigmas if 0 < s < student_sigmas[0]]
-    terms, states = [start], {}
+    terms, states = [tableau.begun(start)], {}
     for call, sigma in enumerate(sigmas):
         x = combine(matrix[call], terms)
         states |= {i: x for i, target in enumerate(wanted) if abs(sigma / target - 1) < 1e-4}

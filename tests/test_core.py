@@ -39,13 +39,14 @@ def test_probe_reads_euler_as_its_closed_form():
     assert torch.allclose(probe(euler, SIGMAS, "euler").matrix, euler_tableau(SIGMAS).matrix, atol=1e-6)
 
 
-def test_a_first_step_for_nothing_is_one_whose_answer_is_zero():
-    """The calls of Euler from below σ_max are those of one with a step more, whose first call is answered with 0; its own grid, from σ_max on, can be read."""
+@pytest.mark.parametrize("mean", [None, torch.tensor([0.5, 0.0, -2.0])])
+def test_a_first_step_for_nothing_is_one_whose_answer_is_the_mean(mean):
+    """The calls of Euler from below σ_max are those of one with a step more, whose first call is answered with the mean; its own grid, from σ_max on, can be read."""
     grid = torch.tensor([14.6, 8.0, 3.0, 1.0, 0.0], dtype=torch.float64)
-    tableau, x = started_at(euler_tableau(grid[1:]), 14.6), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tableau, x = started_at(euler_tableau(grid[1:]), 14.6, mean), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     answer = lambda y, sigma: (y / (1 + sigma**2)).sin()
     short = execute(tableau, lambda y, call, sigma: answer(y, sigma), x)
-    long = execute(euler_tableau(grid), lambda y, call, sigma: 0 * y if call == 0 else answer(y, sigma), x)
+    long = execute(euler_tableau(grid), lambda y, call, sigma: 0 * y + (0.0 if mean is None else mean) if call == 0 else answer(y, sigma), x)
     assert torch.allclose(short, long) and torch.allclose(tableau.schedule, torch.tensor([14.6, 3.0, 1.0, 0.0], dtype=torch.float64))
     assert torch.equal(started_at(euler_tableau(grid), 14.6).matrix, euler_tableau(grid).matrix)
 
@@ -168,7 +169,7 @@ def test_the_search_finds_nearly_the_best_of_all_grids(analytic):
     x = model.start(256, top)
     pairs = Trajectories(x, x[:, None][:, :0], model.flow(x, top, 0.0), torch.zeros(256, dtype=torch.long), torch.ones(256))
     plain = Plain(lambda y, call, sigma, batch: model.denoise(y, sigma), pairs)
-    error = lambda told: float(plain.solved(student_start(top, told))[0].mean())
+    error = lambda told: float(plain.solved(student_start(top, told, plain.mean))[0].mean())
     [found] = search_grid([plain], 3, top, analytic=analytic)
     choices = [[*levels(4, top)[0], top], *levels(4, top)[1:]] if analytic else [[top], *levels(3, top)]
     best = min(error(told) for told in itertools.product(*choices) if told[0] > told[1] > told[2])

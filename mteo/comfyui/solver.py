@@ -14,7 +14,9 @@ OWN = "mteo"  # the name of a SAMPLER that runs a table of coefficients
 
 
 class _ProbeModel:
-    """What a k-diffusion sampler may ask of `model`, around a plain `denoise(x, sigma)`."""
+    """What a k-diffusion sampler may ask of `model`, around a plain `denoise(x, sigma)`. linear: that a sampler leaves away what it adds to any x_T."""
+
+    linear = True
 
     def __init__(self, denoise, model_sampling, name: str, cfg: float):
         self._denoise, self._name = denoise, name
@@ -72,7 +74,7 @@ def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] 
         tableau = tableau_at(cfg)
         last, ones = float(sigmas[-1]), x.new_ones(len(x))
         calls = next((call for call, sigma in enumerate(schedule) if sigma <= last * (1 + 1e-4)), len(schedule))
-        terms, matrix = [x], tableau.matrix
+        terms, matrix = [x if getattr(guider, "linear", False) else tableau.begun(x)], tableau.matrix
 
         for call in trange(calls, disable=disable):
             sigma = tableau.sigmas[call].to(x)

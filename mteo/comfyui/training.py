@@ -125,12 +125,12 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
     base = read(grid)
     if free:
-        base = started_at(base, float(session.sampling.sigma_max))
+        base = started_at(base, float(session.sampling.sigma_max), None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
         grid[0] = session.sampling.sigma_max
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
-    if free and apart:
-        table.guidance, table.learned = sorted(recipe.guidance), found  # training starts from what was found
+    if free and recipe.rows != "solver":  # training starts from what was found
+        table.guidance, table.learned = sorted(recipe.guidance), found if apart else [replace(base, mean=own.mean) for own in found]
         table.offsets = {path: rows.expand(len(found), -1, -1).clone() for path, rows in table.offsets.items()}
     return table
 

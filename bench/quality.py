@@ -93,7 +93,8 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     free = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
     sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, free)
     if told.peers:
-        sets |= peers_of(folder, own, seen, told, stage(folder, f"named-{STEPS}-{cfg:g}", named, choosing, validation, STEPS), pairs, cfg)
+        plain = {steps: stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps) for steps in (STEPS, STEPS + 1)}
+        sets |= peers_of(folder, own, seen, told, plain, pairs, cfg)
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
     if cfg != 1 and (file := guided_table_file(told.model)):
         guided = load_embeddings(file)
@@ -102,7 +103,7 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
 
 
 def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs."""
+    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs, by steps."""
     kept = lambda name, make, *arguments: stage(folder, f"{name}-{seed}", make, *arguments)
     train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
     sets = {}

@@ -1,10 +1,12 @@
 """Peers of the quality bench start as the solvers that ComfyUI has, and can be told another time."""
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-NAMES = ("LD3", "GS", "S4S-Alt", "DyWeight", "PAS", "EPD", "AMED", "EPD, analytic", "AMED, analytic")
+ANALYTIC = ", analytic"
+NAMES = ("LD3", "GS", "S4S-Alt", "DyWeight", "PAS", "EPD", "AMED", *(name + ANALYTIC for name in ("LD3", "GS", "S4S-Alt", "DyWeight", "EPD", "AMED")))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
 
     def work(session):
         lab = Lab(session)
-        peer = method(lab, name, named_grids(session.sampling, 3)["sgm_uniform"].tolist())
+        peer = method(lab, name, named_grids(session.sampling, 3 + name.endswith(ANALYTIC))["sgm_uniform"].tolist())
         with torch.no_grad():
             peer.sample(peer.zero, held_out, held_out.start)
         assert lab.spent == 3 * len(held_out)
@@ -44,21 +46,19 @@ def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
     own.session(work)
 
 
-@pytest.mark.parametrize("name", ["GS", "GITS", "DPM-Solver-v3"])
+@pytest.mark.parametrize("name", ["GS", "GS, analytic", "GITS", "DPM-Solver-v3"])
 def test_a_training_takes_no_more_than_its_budget(pairs, name):
     from bench.peers import methods
     from bench.peers.methods import ends_of, train
 
     own, known, held_out = pairs
-    plain = {solver: {"sgm_uniform": 1.0, "karras": 2.0} for solver in ("euler", "dpmpp_2m", "ipndm")}
+    plain = {steps: {solver: {"sgm_uniform": 1.0, "karras": 2.0} for solver in ("euler", "dpmpp_2m", "ipndm")} for steps in (3, 4)}
     trained = train(own, name, known, held_out, plain, budget := 1200, 0)
     assert set(methods.NAMES) == {*NAMES, "GITS", "DPM-Solver-v3"}
     assert trained["spent"] < budget + 200 and ends_of(own, name, trained, held_out).shape == held_out.end.shape
 
 
 def test_fine_tuning_changes_a_private_copy_only(pairs):
-    from dataclasses import replace
-
     from bench.parts import named_grids
     from bench.peers import sfd
     from bench.peers.lab import Lab
@@ -98,6 +98,7 @@ def test_a_found_grid_falls_from_start_to_end(pairs):
 def test_with_nothing_learned_a_peer_is_its_solver(session_of, base):
     from bench.parts import named_grids, solver_tableau
     from bench.peers.coefficients import Freedom, parameters_of, table_of
+    from mteo.tableau import started_at
 
     def work(session):
         sigmas = named_grids(session.sampling, 4)["sgm_uniform"]
@@ -106,6 +107,10 @@ def test_with_nothing_learned_a_peer_is_its_solver(session_of, base):
             grid, made, told = table_of(freedom, parameters_of(freedom, sigmas.tolist()), sigmas.tolist())
             assert torch.stack(made).allclose(solver_tableau(base, sigmas, session.sampling).matrix, rtol=1e-4, atol=1e-4)
             assert all([float(one) for one in levels] == pytest.approx(sigmas[:-1].tolist()) for levels in (grid, told))
+            freedom = replace(freedom, analytic=True)
+            grid, made, told = table_of(freedom, parameters_of(freedom, sigmas.tolist()), sigmas.tolist())
+            short = started_at(solver_tableau(base, sigmas[1:], session.sampling), float(sigmas[0]))
+            assert torch.stack(made).allclose(short.matrix, rtol=1e-4, atol=1e-4) and [float(one) for one in grid] == pytest.approx(sigmas[1:-1].tolist())
 
     session_of(work)
 

@@ -18,12 +18,14 @@ from .lab import Lab
 @dataclass(frozen=True)
 class Freedom:
     """grid: inner σ. told: the σ that the network is told at each call. rows: "solver" = of the base solver on the grid, "added" = a correction
-    of each coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). training: what `fit` is told."""
+    of each coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). analytic: the first step of the grid takes D = 0 in place of an evaluation, and the
+    first call's σ is free with the others. training: what `fit` is told."""
 
     base: str
     rows: str = "solver"
     grid: bool = True
     told: bool = False
+    analytic: bool = False
     training: dict = field(default_factory=dict)
 
 
@@ -36,20 +38,21 @@ PEERS = {
 
 
 def parameters_of(freedom: Freedom, sigmas: list[float]) -> dict[str, torch.Tensor]:
-    """What is learned, at zero: the base solver on `sigmas` [K + 1], the last 0."""
-    steps = len(sigmas) - 1
-    zero = {"grid": torch.zeros(steps - 1), "rows": torch.zeros(steps, steps + 1), "told": torch.zeros(steps)}
+    """What is learned, at zero: the base solver on `sigmas`, [K + 1] for K calls, analytic [K + 2], the last 0."""
+    steps = len(sigmas) - 1 - freedom.analytic
+    zero = {"grid": torch.zeros(steps - (not freedom.analytic)), "rows": torch.zeros(steps, steps + 1), "told": torch.zeros(steps)}
     return {name: zero[name] for name, free in (("grid", freedom.grid), ("rows", freedom.rows != "solver"), ("told", freedom.told)) if free}
 
 
 def table_of(freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[float], flow: bool = False) -> tuple[list, list[torch.Tensor], list]:
     """(σ of each call, row of each call and of the result [K + 1] over x_T, D_0 … D_{K−1}, σ told: also of a free σ, as the model rounds its own), differentiable in `learned`."""
-    steps = len(sigmas) - 1
-    grid = [torch.tensor(sigma, dtype=torch.float64) for sigma in sigmas]
+    steps = len(sigmas) - 1 - freedom.analytic
+    top, *rest = (torch.tensor(sigma, dtype=torch.float64) for sigma in sigmas)
     if "grid" in learned:
-        grid[1:-1] = [sigma_of(ratio_of(sigma, flow) * move.double().exp(), flow) for sigma, move in zip(grid[1:-1], learned["grid"], strict=True)]
+        rest[:-1] = [sigma_of(ratio_of(sigma, flow) * move.double().exp(), flow) for sigma, move in zip(rest[:-1], learned["grid"], strict=True)]
+    grid = rest if freedom.analytic else [top, *rest]
     unit = torch.eye(steps + 1, dtype=torch.float64)
-    rows, slopes = [unit[0]], []
+    rows, slopes = [unit[0] * grid[0] / top], []
     for k in range(steps):
         slopes.append((rows[k] - unit[1 + k]) / grid[k])  # d_k = (x_k − D_k)/σ_k as a row
         if freedom.rows == "weights":
@@ -61,7 +64,7 @@ def table_of(freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[fl
             row = multistep_row(rows, unit, grid, k)
         if freedom.rows == "added":
             size = torch.ones(steps + 1, dtype=torch.float64)
-            size[0] = 1 / grid[0]  # x_T is σ_0 times larger than a D
+            size[0] = 1 / top  # x_T is that much larger than a D
             size[k + 2 :] = 0
             row = row + learned["rows"][k].double() * size
         rows.append(row)

@@ -2,7 +2,7 @@
 
 SFD is no peer but a bound, as it changes the weights; it has its own training and more evaluations.
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from .training import fit, in_batches
 
 V3 = "DPM-Solver-v3"
 ANALYTIC = ", analytic"  # the first slope costs nothing (`Lab.first_slope`)
-NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", "EPD" + ANALYTIC, "AMED" + ANALYTIC, "GITS", V3)
+NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", *(name + ANALYTIC for name in (*coefficients.PEERS, "EPD", "AMED")), "GITS", V3)
 BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
 RATES = (0.01, 0.03, 0.1)  # of Adam, the same for all; the best is chosen with a quarter of the budget
 
@@ -33,10 +33,10 @@ class Method:
 
 
 def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
-    """The peer before its training, on `sigmas` [K + 1] where it has a grid."""
+    """The peer before its training, on `sigmas` as `start_grid` gives them where it has a grid."""
     analytic = name.endswith(ANALYTIC)
-    if name in coefficients.PEERS:
-        freedom = coefficients.PEERS[name]
+    if (base := name.removesuffix(ANALYTIC)) in coefficients.PEERS:
+        freedom = replace(coefficients.PEERS[base], analytic=analytic)
         return Method(partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training)
     if name == "PAS":
         return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(STEPS), dict(loss="absolute"))
@@ -52,10 +52,12 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
     raise ValueError(f"No peer is called {name}: there are {', '.join(NAMES)}.")
 
 
-def start_grid(sampling, name: str, plain: dict[str, dict[str, float]]) -> list[float]:
-    """The named grid on which the peer's own solver does best, by `plain` {solver: {grid: error}} of validation pairs."""
-    errors = plain[BASES.get(name, "euler")]
-    return named_grids(sampling, STEPS)[min(errors, key=errors.get)].tolist()
+def start_grid(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]]) -> list[float]:
+    """The named grid on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic step has a step more."""
+    base = name.removesuffix(ANALYTIC)
+    steps = STEPS + (base != name)
+    errors = plain[steps][BASES.get(base, "euler")]
+    return named_grids(sampling, steps)[min(errors, key=errors.get)].tolist()
 
 
 def teacher_cost(pairs: Trajectories) -> int:

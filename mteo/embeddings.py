@@ -160,17 +160,18 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     prefix = f"{steps}."
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
-    learned, told, mean, guidance = own.pop("solver.learned", None), own.pop("solver.told", None), own.pop("solver.mean", None), [float(value) for value in facts["guidance"]]
+    guidance, learned = [float(value) for value in facts["guidance"]], None
     rows, size = len(tableau.row_sigmas), len(tableau.sigmas) + 1
     if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (size, size):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
     if not guidance or sorted(set(guidance)) != guidance:
         raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
-    if learned is not None:
-        if told is None or learned.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1) or (mean is not None and (mean.dim() != 2 or len(mean) != len(guidance))):
+    if "solver.learned" in own:
+        matrices, told, mean = own.pop("solver.learned"), own.pop("solver.told"), own.pop("solver.mean", None)
+        if matrices.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1) or (mean is not None and (mean.dim() != 2 or len(mean) != len(guidance))):
             raise ValueError(f"the table for {steps} steps has a solver that does not fit its cfg values")
-        learned = [make_tableau(sigmas, matrix, own_mean) for sigmas, matrix, own_mean in zip(told.tolist(), learned, [None] * len(told) if mean is None else mean, strict=True)]
-        tableau = tableau if mean is None else replace(tableau, mean=mean.mean(0))
+        learned = [make_tableau(sigmas, matrix, mean if mean is None else mean[number]) for number, (sigmas, matrix) in enumerate(zip(told.tolist(), matrices, strict=True))]
+        tableau = replace(tableau, mean=mean if mean is None else mean.mean(0))
         if any(one.rows != tableau.rows for one in learned):
             raise ValueError(f"the table for {steps} steps has calls at other σ than its rows")
     for site, value in own.items():

@@ -110,29 +110,34 @@ def denoise_of(session: Session, alone: Sequence[int] = ()):
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are learned, each cfg value gets σ of its own;
     elsewhere the named solver's coefficients go with one grid for all."""
-    free = isinstance(grid, str)
+    free, sigma_max = isinstance(grid, str), float(session.sampling.sigma_max)
     read = lambda sigmas: euler_tableau(sigmas) if sampler is None and recipe.solver == "euler" else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
     if free:
         apart = recipe.rows == "all" and len(read(karras_of(session, recipe.steps)).sigmas) == recipe.steps
-        teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
-        rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
-        told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
-        pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
-        plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
-        with torch.no_grad():
-            search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
-            found = [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
+        found = search_solvers(session, recipe, apart, prompts, progress)
         grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
     base = read(grid)
     if free:
-        base = started_at(base, float(session.sampling.sigma_max), None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
-        grid[0] = session.sampling.sigma_max
+        base = started_at(base, sigma_max, None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
+        grid[0] = sigma_max
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if free and recipe.rows != "solver":  # training starts from what was found
         table.guidance, table.learned = sorted(recipe.guidance), found if apart else [replace(base, mean=own.mean) for own in found]
         table.offsets = {path: rows.expand(len(found), -1, -1).clone() for path, rows in table.offsets.items()}
     return table
+
+
+@torch.no_grad()
+def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, progress) -> list[Tableau]:
+    """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid."""
+    rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
+    told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
+    teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
+    pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
+    plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
+    search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
+    return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
 def karras_of(session: Session, steps: int) -> torch.Tensor:

@@ -47,8 +47,9 @@ class Table:
         return [call for call, row in enumerate(self.tableau.rows) if row >= self.guided]
 
     def shares(self, cfg: float) -> torch.Tensor:
-        """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours; 1 at a trained value."""
-        return torch.tensor([np.interp(cfg, self.guidance, one) for one in np.eye(len(self.guidance))], dtype=torch.float32)
+        """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours in cfg ÷ (1 + cfg); 1 at a trained value. Linear in cfg is up to a fifth worse (docs/ablations.md)."""
+        place = lambda value: np.divide(value, np.add(value, 1))
+        return torch.tensor([np.interp(place(cfg), place(self.guidance), one) for one in np.eye(len(self.guidance))], dtype=torch.float32)
 
     def offsets_at(self, cfg: float) -> dict[str, torch.Tensor]:
         """Site path -> [R, D] in force at `cfg`."""

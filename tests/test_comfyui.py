@@ -321,7 +321,7 @@ def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objec
 
 
 def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_objects):
-    """Offsets, learned rows and the σ of the calls at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway the mean of both; beyond, the end one's."""
+    """Offsets, learned rows and the σ of the calls at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway (of cfg ÷ (1 + cfg)) the mean of both; beyond, the end one's."""
     import comfy.samplers
 
     from mteo.comfyui.sampling import applied
@@ -346,8 +346,9 @@ def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_o
 
         for cfg, own in ((1.0, one), (3.0, three), (8.0, three)):
             assert torch.equal(take(both, cfg), take(own, cfg)), cfg
-        assert torch.allclose(take(both, 2.0), take(mean, 2.0), atol=1e-4)
-        assert not torch.allclose(take(both, 2.0), take(three, 2.0), atol=1e-2)
+        half = 5 / 3  # cfg ÷ (1 + cfg) is .625 there, between .5 and .75
+        assert torch.allclose(take(both, half), take(mean, half), atol=1e-4)
+        assert not torch.allclose(take(both, half), take(three, half), atol=1e-2)
 
 
 def test_a_row_is_found_within_rounding_and_two_close_rows_are_told_apart(comfyui_root):

@@ -10,7 +10,7 @@ import torch
 
 from mteo.comfyui.session import is_flow, private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
-from mteo.comfyui.training import denoise_of, karras_of, refined_of, teacher_tableau, trained, untrained_table, with_table
+from mteo.comfyui.training import denoise_of, refined_of, teacher_sigmas, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import SEARCHED, Plain, search_grid
 from mteo.recipe import Recipe
@@ -122,7 +122,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
         item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
         start = session.start(session.noise(count, seed), session.sampling.sigma_max)
         denoise = batched(session, Trajectories(start, start[:, :0], start, item, guidance))
-        sigmas = refined_of(session, through, steps) if through else karras_of(session, steps)
+        sigmas = refined_of(session, through, steps) if through else teacher_sigmas(session, steps)
         states, end = follow(teacher_tableau(session, sigmas), denoise, start, through)
         return Trajectories(start, states, end, item, guidance)
 

@@ -16,7 +16,7 @@ class Recipe:
     perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any cfg but 1, beside
     the error of the latents (÷ their spread); 0 = none. space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
     guided: how many of the first steps evaluate the pair that cfg needs; the others evaluate the prompt alone, and the table stands in for the guidance: 0 = none, K or more = all.
-    pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid.
+    pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid, for a flow model on that of its own time.
     sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures; rate: Adam's first step at most, a smaller one
     where that is all that the network bears (`first_rates`); falls to 0 along a cosine;
     clip: largest gradient norm; average: memory of the averaged offsets, 0..1."""

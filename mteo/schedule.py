@@ -23,12 +23,11 @@ def karras(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0, flo
     return grid.float()
 
 
-def refined(student: torch.Tensor, steps: int, sigma_min: float, flow: bool = False) -> torch.Tensor:
-    """A grid of about `steps` steps that holds every σ of the student's (so that the teacher passes through its states).
+def refined(student: torch.Tensor, fine: torch.Tensor, flow: bool = False) -> torch.Tensor:
+    """The grid `fine` [n + 1] with every σ of the student's in it (so that the teacher passes through its states); both start at one σ and end at 0.
 
-    Points of the Karras grid closer than 5 % (of noise ÷ signal) to one of the student's give way to it.
+    Points of it closer than 5 % (of noise ÷ signal) to one of the student's give way to it.
     """
-    own = student[student > 0]
-    fine = karras(steps, min(sigma_min, float(own[-1])), float(own[0]), flow=flow)[:-1]
+    own, fine = student[student > 0], fine[:-1]
     apart = ((ratio_of(fine[:, None], flow) / ratio_of(own[None], flow) - 1).abs() > 0.05).all(1)  # the first of both are one: ∞/∞ is not apart
     return torch.cat([torch.cat([fine[apart], own]).sort(descending=True).values, torch.zeros(1)])

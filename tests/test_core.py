@@ -150,7 +150,7 @@ def test_grids_of_a_flow_model_compare_by_noise_to_signal():
 
     flow, plain = karras(24, 0.003, 1.0, flow=True), karras(24, float(ratio_of(torch.tensor(0.003, dtype=torch.float64), True)), HIGHEST)
     assert flow[0] == 1 and flow[-1] == 0 and torch.allclose(ratio_of(flow[1:], True), plain[1:], rtol=1e-3)
-    through = refined(torch.tensor([1.0, 0.8, 0.5, 0.0]), 24, 0.003, flow=True)
+    through = refined(torch.tensor([1.0, 0.8, 0.5, 0.0]), flow, flow=True)
     assert through[0] == 1 and (through.diff() < 0).all() and {0.8, 0.5} <= {round(value, 6) for value in through.tolist()}
     for sigma_max, top, of_flow in ((14.6, 14.6, False), (1.0, 1.0, True)):
         for steps in (2, 3, 5):

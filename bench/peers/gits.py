@@ -5,7 +5,7 @@ than the teacher's state at σ_j lies. The cost of each later step counts `weigh
 """
 import torch
 
-from mteo.comfyui.training import karras_of, teacher_tableau
+from mteo.comfyui.training import teacher_sigmas, teacher_tableau
 from mteo.teacher import Trajectories, follow
 
 from .lab import Lab
@@ -16,7 +16,7 @@ FINE, WEIGHT = 40, 1.15  # steps of the teacher; the paper's coefficient
 @torch.no_grad()
 def find_grid(lab: Lab, pairs: Trajectories, steps: int, weight: float = WEIGHT) -> list[float]:
     """[steps + 1] σ, the last 0."""
-    sigmas = karras_of(lab.session, FINE)
+    sigmas = teacher_sigmas(lab.session, FINE)
     tableau = teacher_tableau(lab.session, sigmas)
     answers = []
 

@@ -6,7 +6,7 @@ polynomial through the last evaluations. The integrals are sums here, the paper'
 """
 import torch
 
-from mteo.comfyui.training import karras_of, teacher_tableau
+from mteo.comfyui.training import teacher_sigmas, teacher_tableau
 from mteo.tableau import execute
 from mteo.teacher import Trajectories
 
@@ -19,7 +19,7 @@ LEVELS, POINTS, ORDERS = 40, 33, (1, 2, 3)
 
 def statistics(lab: Lab, pairs: Trajectories, seed: int = 0) -> dict[str, torch.Tensor]:
     """{"levels": λ [M], "l", "s", "b": [M, …]} of the teacher's trajectories from the pairs' starts; a forward, a backward pass and a step each."""
-    sigmas, generator = karras_of(lab.session, LEVELS), torch.Generator().manual_seed(seed)
+    sigmas, generator = teacher_sigmas(lab.session, LEVELS), torch.Generator().manual_seed(seed)
     levels, slopes, states = -sigmas[:-1].double().log(), [], []
 
     def denoise(x, call, sigma):

@@ -15,7 +15,7 @@ from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
 from .session import Session, private_copy, run_session, training_mode
 from .solver import read_tableau
-from .training import SEARCH, denoise_of, gather, karras_of, named_grid, refined_of, teacher_tableau, untrained_table, with_table
+from .training import SEARCH, denoise_of, gather, named_grid, refined_of, teacher_sigmas, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
 
@@ -66,9 +66,9 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
 @torch.no_grad()
 def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, prompts: int, progress) -> tuple[Trajectories, Tableau, dict]:
     """(the pairs, the tableau that offsets are added to, its σ and the errors so far)."""
-    pairs = gather(session, teacher_tableau(session, karras_of(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
+    pairs = gather(session, teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
     few = pairs.part(slice(0, 16))
-    finer = execute(teacher_tableau(session, karras_of(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
+    finer = execute(teacher_tableau(session, teacher_sigmas(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
     spread, free = float(pairs.end.double().std()), recipe.grid == FREE
     root = lambda squares: float(squares.mean().sqrt()) / spread
     plain = Plain(denoise_of(session, range(recipe.guided, recipe.steps)), pairs)

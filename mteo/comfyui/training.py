@@ -113,7 +113,7 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
     free, sigma_max = isinstance(grid, str), float(session.sampling.sigma_max)
     read = lambda sigmas: euler_tableau(sigmas) if sampler is None and recipe.solver == "euler" else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
     if free:
-        apart = recipe.rows == "all" and len(read(karras_of(session, recipe.steps)).sigmas) == recipe.steps
+        apart = recipe.rows == "all" and len(read(teacher_sigmas(session, recipe.steps)).sigmas) == recipe.steps
         found = search_solvers(session, recipe, apart, prompts, progress)
         grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
     base = read(grid)
@@ -133,20 +133,25 @@ def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, 
     """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid."""
     rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
     told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
-    teacher = teacher_tableau(session, karras_of(session, recipe.teacher_steps))
+    teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
     pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
     plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
     search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
-def karras_of(session: Session, steps: int) -> torch.Tensor:
-    return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max), flow=session.flow)
+def teacher_sigmas(session: Session, steps: int) -> torch.Tensor:
+    """The teacher's grid [steps + 1]: Karras', or for a flow model even steps of its own, shifted time (Esser et al. 2024, eq. 23), on which 24 steps are twice as near to many (docs/ablations.md)."""
+    if not session.flow:
+        return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
+    grid = comfy.samplers.calculate_sigmas(session.sampling, "sgm_uniform", steps).float()
+    grid[0] = session.sampling.sigma_max
+    return grid
 
 
 def refined_of(session: Session, sigmas, steps: int) -> torch.Tensor:
-    """A fine grid through a student's σ."""
-    return refined(torch.as_tensor(sigmas), steps, float(session.sampling.sigma_min), session.flow)
+    """The teacher's grid through a student's σ."""
+    return refined(torch.as_tensor(sigmas), teacher_sigmas(session, steps), session.flow)
 
 
 def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:

@@ -57,10 +57,10 @@ class Table:
         return {site: (shares.to(rows) * rows).sum(0) for site, rows in self.offsets.items()}
 
     def tableau_at(self, cfg: float, strength: float = 1.0) -> Tableau:
-        """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 = as trained."""
+        """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 and more = as trained, as beyond it σ would not fall any more."""
         if self.learned is None:
             return self.tableau
-        return between(self.tableau, self.learned, self.shares(cfg), strength)
+        return between(self.tableau, self.learned, self.shares(cfg), min(strength, 1.0))
 
 
 @dataclass

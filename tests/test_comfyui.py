@@ -346,6 +346,7 @@ def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_o
 
         for cfg, own in ((1.0, one), (3.0, three), (8.0, three)):
             assert torch.equal(take(both, cfg), take(own, cfg)), cfg
+        assert table.tableau_at(3.0, 2.0).sigmas.equal(table.tableau_at(3.0).sigmas), "beyond strength 1 only the offsets grow"
         half = 5 / 3  # cfg ÷ (1 + cfg) is .625 there, between .5 and .75
         assert torch.allclose(take(both, half), take(mean, half), atol=1e-4)
         assert not torch.allclose(take(both, half), take(three, half), atol=1e-2)

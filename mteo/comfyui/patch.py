@@ -193,7 +193,7 @@ def require_guider(table: Table, guider) -> None:
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
     """(A clone of MODEL that reads the table for `steps`, the table); steps 0 = the file's smallest.
 
-    strength scales offsets and solver corrections: 0 gives the clone unpatched, 1 as trained. A table that was applied before is
+    strength scales offsets and, up to 1, solver corrections: 0 gives the clone unpatched, 1 as trained. A table that was applied before is
     replaced: the last one wins [10]. Raises MTEOError where the file lacks `steps`, a site is missing from the model or has another
     width, or the model is not the one (or a sibling of the one) that the table was made for.
     """

@@ -144,8 +144,8 @@ def teacher_sigmas(session: Session, steps: int) -> torch.Tensor:
     """The teacher's grid [steps + 1]: Karras', or for a flow model even steps of its own, shifted time (Esser et al. 2024, eq. 23), on which 24 steps are twice as near to many (docs/ablations.md)."""
     if not session.flow:
         return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
-    grid = comfy.samplers.calculate_sigmas(session.sampling, "sgm_uniform", steps).float()
-    grid[0] = session.sampling.sigma_max
+    grid = named_grid(session.sampling, "sgm_uniform", steps)
+    grid[0] = session.sampling.sigma_max  # to the last bit, as a student's is
     return grid
 
 

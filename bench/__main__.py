@@ -6,7 +6,7 @@ import os
 
 from trainer.comfyui import find_root, open_comfyui
 
-NAMES = ("heldout", "quality", "generality", "ablations", "cost", "guided", "exactness", "overhead")
+NAMES = ("heldout", "quality", "generality", "ablations", "cost", "predicted", "guided", "exactness", "overhead", "pictures")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """How many network evaluations does a table cost? Error on unseen pairs over all that was spent: search, teacher, student, a backward pass one more; validation apart.
 
-A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the largest budget's is the whole.
+A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the largest budget's is the whole. EPD, whose first step is free as the table's is, has the same pairs and budgets up to its
+own: what it takes to come within SAME of its last error is its cost.
 """
 import argparse
 from dataclasses import replace
@@ -31,10 +32,12 @@ from .parts import (
     train_embeddings,
     write_result,
 )
+from .peers import methods
 from .peers.lab import Lab
 from .peers.methods import teacher_cost
 
 TEACHER_SHARE = 0.4  # of what is left after the search
+EPD, MOST, SAME = "EPD" + methods.ANALYTIC, 60_000, 1.01
 
 
 def run(arguments: list[str]) -> dict:
@@ -51,20 +54,27 @@ def run(arguments: list[str]) -> dict:
     recipes = {budget: affordable(budget - spent, told.cfg) for budget in told.budgets}
     most = max(recipe.pictures for recipe in recipes.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
-    solver, grid = best_named(stage(folder, "named", named, seen, held_out))
+    grids = {steps: stage(folder, f"named-{steps}", named, seen, held_out, steps) for steps in (STEPS, STEPS + 1)}
+    solver, grid = best_named(grids[STEPS])
     sampling = seen.model.get_model_object("model_sampling")
     plain = nrmse(ends_of(fresh, test, solver_tableau(solver, named_grids(sampling, STEPS)[grid], sampling)), test.end)
     rows = {"plain, best named": plain, f"searched, {spent}": nrmse(ends_of(fresh, test, start), test.end)}
-    errors = {}
+    errors, peer = {}, {}
     for budget, recipe in recipes.items():
         made = stage(folder, f"table-{recipe.pictures}-{recipe.iterations}", train_embeddings, seen, recipe, start, pairs.part(slice(0, recipe.pictures)), held_out)
         rows[f"{budget}: {recipe.pictures} pictures, {recipe.iterations} steps"] = nrmse(ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end)
         errors[budget] = list(rows.values())[-1]["pooled"]
+        if budget <= MOST:
+            made = stage(folder, f"epd-{recipe.pictures}-{budget}", methods.train, seen, EPD, pairs.part(slice(0, recipe.pictures)), held_out, grids, budget, 0)
+            rows[f"{EPD}, {budget}"] = nrmse(methods.ends_of(fresh, EPD, made, test), test.end)
+            peer[budget] = rows[f"{EPD}, {budget}"]["pooled"]
     for name, row in rows.items():
         print(error_line(name, row))
     gains = {budget: plain["pooled"] - error for budget, error in errors.items()}
     enough = min(budget for budget, gain in gains.items() if gain >= 0.9 * max(gains.values()))
-    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), evaluations_to_90=enough, gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()})
+    within = lambda made, wanted: [budget for budget, error in made.items() if error <= wanted]
+    reached, final = within(errors, peer[max(peer)]), within(peer, SAME * peer[max(peer)])
+    result = dict(model=told.model, cfg=told.cfg, vs_epd_cost=round(min(reached) / min(final), 4) if reached else None, weights=name_of(weights_file(told.model)), evaluations_to_90=enough, gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()})
     write_result(f"cost-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
     return result
 

@@ -13,6 +13,7 @@ from mteo.recipe import Recipe
 from mteo.tableau import euler_tableau
 from reference.objects import weights_file
 
+from .judge import SEEDS, Judge
 from .parts import (
     ROOT,
     TEACHER_STEPS,
@@ -28,7 +29,6 @@ from .parts import (
     untrained,
     write_result,
 )
-from .quality import SEEDS, Judge
 
 VARIANTS = ((3, 3), (3, 1), (3, 0), (4, 2), (5, 1), (6, 0))  # (steps, the first of them that are guided)
 SHARE_PAIRS = 64

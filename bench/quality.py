@@ -4,6 +4,7 @@ The sets that are compared have other noise than the teacher's (but for the erro
 distance to itself is the floor: only what is above it counts (traps 35). Pictures of one prompt by several seeds show diversity.
 """
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
@@ -11,13 +12,13 @@ import torch
 from mteo.comfyui.patch import choose_table
 from mteo.embeddings import load_embeddings
 from mteo.gridsearch import LEVELS, ROUNDS, SEARCHED
-from mteo.metrics import nrmse
-from reference import gate, latents, scenes
-from reference.objects import vae_numbers, weights_file
+from mteo.metrics import per_picture
+from reference.objects import weights_file
 
 from .cost import affordable, searched
-from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
+from .intervals import Made, largest_ratios
+from .judge import SEEDS, Judge
 from .parts import (
     RESULTS,
     ROOT,
@@ -38,7 +39,6 @@ from .parts import (
 from .peers import methods
 
 FREE, MTEO, EQUAL, GUIDED, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD"
-SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
 
 
 def run(arguments: list[str]) -> dict:
@@ -48,6 +48,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--budgets", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
     parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a peer's training takes, those of its teacher included; 0: no peers and no bound")
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer, and of the table at a peer's cost; SFD has one")
     parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
     parser.add_argument("--cfg", type=float, help="this one alone, with a report of its own; also for a second process beside")
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
@@ -59,13 +60,14 @@ def run(arguments: list[str]) -> dict:
     own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
     print(f"[bench] at most {planned(told, cfgs):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
-    judge, embeddings, result = Judge(told.model, told.count // SEEDS), load_embeddings(told.table), {}
+    judge, embeddings, result, intervals = Judge(told.model, told.count // SEEDS), load_embeddings(told.table), {}, {}
     for cfg in cfgs:
         sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
         judge.against(sets["teacher"], sets.pop("teacher, other noise"))
         result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
+        intervals[f"cfg {cfg:g}"] = intervals_of(judge, sets) if told.peers else {}
     show(result)
-    summary, name = keys_of(result, told.budgets), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
+    summary, name = keys_of(result, intervals, told.budgets), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
     write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
     plot(result, RESULTS / f"{name}.png")
     return summary
@@ -76,8 +78,8 @@ def planned(told, cfgs) -> int:
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
-    trained = (len(methods.NAMES) * (told.peers * 7 // 4 + STEPS * told.count) + 2 * (told.peers + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
-    return sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs)
+    trained = (len(methods.NAMES) * (told.peers * (told.seeds + 0.75) + told.seeds * STEPS * told.count) + 2 * told.seeds * (told.peers + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
+    return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs))
 
 
 def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> dict[str, torch.Tensor]:
@@ -94,7 +96,9 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, free)
     if told.peers:
         plain = {steps: stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps) for steps in (STEPS, STEPS + 1)}
-        sets |= peers_of(folder, own, seen, told, plain, pairs, cfg)
+        sets |= bound_of(folder, own, seen, told, plain, pairs, cfg)
+        for seed in range(told.seeds):
+            sets |= peers_of(folder, own, seen, told, plain, pairs, cfg, seed)
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
     if cfg != 1 and (file := guided_table_file(told.model)):
         guided = load_embeddings(file)
@@ -102,81 +106,63 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     return sets
 
 
-def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, of SFD and of every peer; `plain`: errors of the named grids on validation pairs, by steps."""
+def bound_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[str, torch.Tensor]:
+    """Name -> end points of SFD with three evaluations; `plain`: errors of the named grids on validation pairs, by steps."""
+    held_out = stage(folder, f"peers-held-out-{cfg:g}-128", teacher_pairs, seen, 128, cfg, 2005)
+    sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
+    through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
+    bound = stage(folder, f"bound-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tune, seen, sigmas, through, held_out, told.bound, 0)
+    return {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tuned_ends, own, bound, pairs)}
+
+
+def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int) -> dict[str, torch.Tensor]:
+    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, and of every peer; a seed above 0 is in the name, and takes the rate that seed 0 found."""
     kept = lambda name, make, *arguments: stage(folder, f"{name}-{seed}", make, *arguments)
     train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
-    sets = {}
+    sets, end = {}, f", {STEPS}" + (f", seed {seed}" if seed else "")
     for analytic in ("", methods.ANALYTIC):
         start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))
         recipe = affordable(told.peers - spent, cfg, seed)
         of_table = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
         equal = kept(f"equal{analytic}-{cfg:g}-{told.peers}", train_embeddings, seen, recipe, start, of_table, held_out)
-        sets[f"{EQUAL}{analytic}, 3"] = kept(f"equal-ends{analytic}-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)
-    sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
-    through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
-    bound = kept(f"bound-{cfg:g}-{told.bound}-{told.pairs}", methods.fine_tune, seen, sigmas, through, held_out, told.bound, seed)
-    sets[f"{SFD}, 3"] = kept(f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}", methods.fine_tuned_ends, own, bound, pairs)
-    for name in methods.NAMES:
-        trained = kept(f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.train, seen, name, train, held_out, plain, told.peers, seed)
-        sets[f"{name}, 3"] = kept(f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.ends_of, own, name, trained, pairs)
+        sets[f"{EQUAL}{analytic}{end}"] = kept(f"equal-ends{analytic}-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)
+    for name in methods.NAMES if seed == 0 else [name for name in methods.NAMES if name not in methods.SURE]:
+        peer = f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}"
+        rate = torch.load(folder / f"{peer}-0.pt")["rate"] if seed else None
+        trained = kept(peer, methods.train, seen, name, train, held_out, plain, told.peers, seed, rate)
+        sets[f"{name}{end}"] = kept(f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.ends_of, own, name, trained, pairs)
     return sets
 
 
-class Judge:
-    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, as `against` says. fd is of real scenes' variance."""
-
-    def __init__(self, kind: str, prompts: int):
-        numbers = vae_numbers(kind)
-        self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
-        sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
-        self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
-        self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
-        real = torch.cat([self.pooled(gate.real(500, sprites, self.vae, numbers, generator)[1]) for _ in range(20)])
-        self.middle = real.mean(0)
-        variances, axes = torch.linalg.eigh(torch.cov(real.T))
-        self.axes = axes[:, -FEATURES:] / variances[-FEATURES:].mean().sqrt()
-
-    def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """What the classifier's last layer reads [N, width], float64."""
-        kept = []
-        handle = self.classifier.last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].double()))
-        with torch.no_grad():
-            for part in x.split(256):
-                self.classifier(part)
-        handle.remove()
-        return torch.cat(kept)
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, FEATURES] float64; over real scenes of mean 0 and mean variance 1."""
-        return (self.pooled(x) - self.middle) @ self.axes
-
-    def pictures(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] in -1..1."""
-        return self.vae.decode(latents.unscaled(x, self.numbers))
-
-    def by_prompt(self, x: torch.Tensor) -> float:
-        """Diversity of a prompt's seeds."""
-        return diversity(x.view(SEEDS, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1), SEEDS)
-
-    def against(self, same: torch.Tensor, other: torch.Tensor) -> None:
-        """From now on sets are compared with these of the teacher: of the same noise, and of other noise."""
-        self.same, self.other = same, dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
-
-    def __call__(self, made: torch.Tensor) -> dict[str, float]:
-        features, pictures, other = self.features(made), self.pictures(made), self.other
-        precision, recall = precision_recall(features, other["features"])
-        wasserstein = sliced_wasserstein(pictures, other["pictures"])
-        return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(
-            fd=frechet(features, other["features"]) / FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
-            precision=precision, recall=recall, diversity=self.by_prompt(made) / other["diversity"], spectrum=spectrum_gap(pictures, other["pictures"]),
-            accuracy=gate.recognised(self.classifier, made, self.names)["recall"])
+def intervals_of(judge: Judge, sets: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Key of `keys_of` -> 95 % interval of the largest ratio of a table at a peer's cost to a peer."""
+    made = lambda name: [Made(judge.features(sets[one]), per_picture(sets[one], judge.same).square()) for one in seeds_of(sets, name)]
+    found = {}
+    for analytic in ("", methods.ANALYTIC):
+        largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(analytic)], judge.other["features"])
+        found |= {f"vs_peers_{measure}{analytic.replace(', ', '_')}": interval for measure, interval in largest.items()}
+    return found
 
 
-def keys_of(result: dict, budgets: list[int]) -> dict:
+def rivals(analytic: str) -> list[str]:
+    """The peers of the table where nobody, or everybody, has the first step for nothing."""
+    return [name for name in methods.NAMES if name.endswith(methods.ANALYTIC) == bool(analytic)] + [FREE.removesuffix(f", {STEPS}")] * bool(analytic)
+
+
+def seeds_of(rows: dict, name: str) -> list[str]:
+    """The names of its rows, one for each training seed."""
+    return [row for row in rows if row == f"{name}, {STEPS}" or row.startswith(f"{name}, {STEPS}, seed ")]
+
+
+def over_seeds(rows: dict, name: str, measure: str) -> float:
+    """Mean of its training seeds."""
+    return statistics.fmean(rows[row][measure] for row in seeds_of(rows, name))
+
+
+def keys_of(result: dict, intervals: dict, budgets: list[int]) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
-    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them, none of which has its first step for nothing, the same where all have, and the share of the
-    way from the plain sampler to SFD."""
+    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its first step for nothing, the same where all have, each
+    with its interval, and the share of the way from the plain sampler to SFD."""
     def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
         matched = max((steps for steps in plain if all(other["fd"] >= row["fd"] for fewer, other in plain.items() if fewer <= steps)), default=0)
         return dict(plain_steps_matched=matched, diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
@@ -190,12 +176,13 @@ def keys_of(result: dict, budgets: list[int]) -> dict:
             own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, plain).items()}
         if bound := rows.get(f"{SFD}, 3"):
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
-                for analytic, peers in (("", []), (methods.ANALYTIC, [free])):
-                    peers = [*peers, *(rows[f"{name}, 3"] for name in methods.NAMES if name.endswith(methods.ANALYTIC) == bool(analytic))]
-                    own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(rows[f"{EQUAL}{analytic}, 3"][measure] / row[measure] for row in peers)
+                for analytic in ("", methods.ANALYTIC):
+                    own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic))
                 start, end = plain[STEPS][measure], mteo[measure]
                 own[f"gap_closed_{key}"] = (start - end) / (start - bound[measure])
     lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
+    for cfg, own in keys.items():
+        own |= {f"{name}_{end}": bound for name, interval in intervals[cfg].items() for end, bound in zip(("low", "high"), interval, strict=True)}
     names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum") or name.startswith("vs_peers")]
     worst = {name: (min if name in lowest else max)(own[name] for own in keys.values()) for name in names}
     return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}

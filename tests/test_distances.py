@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from bench.distances import diversity, frechet, kernel_distance, precision_recall, pyramid, sliced_wasserstein, spectrum_gap
+from bench.intervals import Made, largest_ratios
 from mteo.metrics import energy_by_frequency
 
 
@@ -57,3 +58,14 @@ def test_spectrum_is_two_sided():
     noise = torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     assert energy_by_frequency(noise, 8).allclose(torch.ones(8, dtype=torch.float64), rtol=0.05)
     assert spectrum_gap(noise * 1.2, noise) == pytest.approx(spectrum_gap(noise / 1.2, noise)) == pytest.approx(2 * torch.tensor(1.2).log().item(), rel=1e-3)
+
+
+def test_interval_of_the_largest_ratio():
+    """Around the known ratio to the nearest peer; a way of sampling is as good as itself, without doubt; seeds that differ widen it."""
+    other, own = gaussian(600, 1), Made(gaussian(600, 2) + 1, gaussian(600, 3)[:, 0].square())
+    near, far = (Made(own.features + far, (1 + far) ** 2 * own.squared) for far in (1, 3))
+    assert largest_ratios([own], [[own]], other, 20) == {"fd": pytest.approx((1, 1)), "error": pytest.approx((1, 1))}
+    found = largest_ratios([own], [[far], [near]], other, 100)
+    assert found["fd"][0] < frechet(own.features, other) / frechet(near.features, other) < found["fd"][1] < found["fd"][0] + 0.1
+    assert found["error"] == pytest.approx((0.5, 0.5))
+    assert largest_ratios([own], [[near, far]], other, 100)["error"] == pytest.approx((1 / 4, 1 / 2))

@@ -20,6 +20,7 @@ V3 = "DPM-Solver-v3"
 ANALYTIC = ", analytic"  # the first slope costs nothing (`Lab.first_slope`)
 NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", *(name + ANALYTIC for name in (*coefficients.PEERS, "EPD", "AMED")), "GITS", V3)
 BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
+SURE = ("GITS", V3)  # nothing in their training is drawn
 RATES = (0.01, 0.03, 0.1)  # of Adam, the same for all; the best is chosen with a quarter of the budget
 
 
@@ -65,8 +66,8 @@ def teacher_cost(pairs: Trajectories) -> int:
     return len(pairs) * TEACHER_STEPS * branches(pairs)
 
 
-def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int) -> dict:
-    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs` included."""
+def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, rate: float | None = None) -> dict:
+    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs` included; `rate`: None = the best of RATES."""
     teacher = teacher_cost(pairs)
 
     def work(session):
@@ -81,10 +82,10 @@ def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, bu
         sigmas = start_grid(session.sampling, name, plain)
         peer = method(lab, name, sigmas)
         run = lambda rate, evaluations: fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
-        rate = min(RATES, key=lambda one: run(one, (budget - teacher) // 4)[1])
+        best = rate or min(RATES, key=lambda one: run(one, (budget - teacher) // 4)[1])
         before = lab.spent
-        learned, error = run(rate, budget - teacher)
-        return dict(sigmas=sigmas, learned=learned, error=error, rate=rate, spent=lab.spent - before + teacher)
+        learned, error = run(best, budget - teacher)
+        return dict(sigmas=sigmas, learned=learned, error=error, rate=best, spent=lab.spent - before + teacher)
 
     return own.session(work)
 

@@ -1,0 +1,60 @@
+"""What a set of pictures of the reference model is measured by: errors to the teacher of the same noise, distances to its pictures of other noise."""
+import torch
+
+from mteo.metrics import nrmse
+from reference import gate, latents, scenes
+from reference.objects import vae_numbers
+
+from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
+
+SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
+
+
+class Judge:
+    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, as `against` says. fd is of real scenes' variance."""
+
+    def __init__(self, kind: str, prompts: int):
+        numbers = vae_numbers(kind)
+        self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
+        sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
+        self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
+        self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
+        real = torch.cat([self.pooled(gate.real(500, sprites, self.vae, numbers, generator)[1]) for _ in range(20)])
+        self.middle = real.mean(0)
+        variances, axes = torch.linalg.eigh(torch.cov(real.T))
+        self.axes = axes[:, -FEATURES:] / variances[-FEATURES:].mean().sqrt()
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """What the classifier's last layer reads [N, width], float64."""
+        kept = []
+        handle = self.classifier.last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].double()))
+        with torch.no_grad():
+            for part in x.split(256):
+                self.classifier(part)
+        handle.remove()
+        return torch.cat(kept)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, FEATURES] float64; over real scenes of mean 0 and mean variance 1."""
+        return (self.pooled(x) - self.middle) @ self.axes
+
+    def pictures(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] in -1..1."""
+        return self.vae.decode(latents.unscaled(x, self.numbers))
+
+    def by_prompt(self, x: torch.Tensor) -> float:
+        """Diversity of a prompt's seeds."""
+        return diversity(x.view(SEEDS, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1), SEEDS)
+
+    def against(self, same: torch.Tensor, other: torch.Tensor) -> None:
+        """From now on sets are compared with these of the teacher: of the same noise, and of other noise."""
+        self.same, self.other = same, dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
+
+    def __call__(self, made: torch.Tensor) -> dict[str, float]:
+        features, pictures, other = self.features(made), self.pictures(made), self.other
+        precision, recall = precision_recall(features, other["features"])
+        wasserstein = sliced_wasserstein(pictures, other["pictures"])
+        return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(
+            fd=frechet(features, other["features"]) / FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
+            precision=precision, recall=recall, diversity=self.by_prompt(made) / other["diversity"], spectrum=spectrum_gap(pictures, other["pictures"]),
+            accuracy=gate.recognised(self.classifier, made, self.names)["recall"])

@@ -196,22 +196,28 @@ def show(result: dict) -> None:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Fréchet distance above the teacher's own and error, over the evaluations (cfg 1) or pairs of them: the best plain samplers as a line, the others as points."""
+    """Fréchet distance above the teacher's own and error of all that takes three evaluations (cfg 1) or pairs of them, the best plain samplers of more as lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(result), figsize=(5.5 * len(result), 7), layout="constrained", squeeze=False)
-    for column, (cfg, rows) in enumerate(result.items()):
-        for axis, (measure, floor, label) in zip(axes[:, column], (("fd", rows["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")), strict=True):
-            line = {int(name.split(",")[0].removeprefix("plain ")): max(row[measure] - floor, 1e-4) for name, row in rows.items() if name.startswith("plain ") and name != FREE}
-            axis.plot(list(line), list(line.values()), "o-", color="0.5", label="best named plain sampler")
-            for name, row in rows.items():
-                if name.endswith(f", {STEPS}") or name == GUIDED:
-                    axis.plot(STEPS, max(row[measure] - floor, 1e-4), "*" if name in (MTEO, GUIDED) else "x", markersize=14 if name in (MTEO, GUIDED) else 7, label=name.removesuffix(f", {STEPS}"))
-            axis.set(title=cfg, xlabel="evaluations" if cfg == "cfg 1" else "pairs of evaluations", ylabel=label, yscale="log")
-            axis.grid(alpha=0.3)
-    axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    shown = {cfg: {name.removesuffix(f", {STEPS}"): row for name, row in rows.items() if name.endswith(f", {STEPS}") or name.startswith(f"plain {STEPS}, ") or name == GUIDED} for cfg, rows in result.items()}
+    heights = [1 + 0.24 * len(rows) for rows in shown.values()]
+    figure, axes = plt.subplots(len(result), 2, figsize=(12, sum(heights)), layout="constrained", squeeze=False, height_ratios=heights)
+    for line, (cfg, rows) in zip(axes, shown.items(), strict=True):
+        for axis, (measure, floor, label) in zip(line, (("fd", result[cfg]["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")), strict=True):
+            values = {name: max(row[measure] - floor, 1e-4) for name, row in sorted(rows.items(), key=lambda entry: -entry[1][measure])}
+            colours = ["tab:red" if name.startswith("MTEO") else "black" if name == SFD else "tab:blue" for name in values]
+            axis.scatter(list(values.values()), list(values), c=colours, zorder=2)
+            more = [name for name in result[cfg] if name.startswith("plain ") and name != FREE and not name.startswith(f"plain {STEPS}, ")]
+            for number, name in enumerate(more):
+                at = max(result[cfg][name][measure] - floor, 1e-4)
+                axis.axvline(at, color="0.7", linestyle="--", linewidth=1, zorder=1)
+                axis.text(at, 1 + 0.025 * (number % 3), name.split(",")[0].removeprefix("plain "), transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.4")
+            axis.set(xlabel=label, xscale="log" if measure == "fd" else "linear")
+            axis.tick_params(axis="y", labelsize=8)
+            axis.grid(alpha=0.3, axis="y")
+        line[0].set_title(f"{cfg}, {STEPS} {'evaluations' if cfg == 'cfg 1' else 'pairs'} (dashed: plain with more; black: other weights)", loc="left", pad=30, fontsize=10)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

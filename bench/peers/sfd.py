@@ -52,6 +52,7 @@ def train(lab: Lab, sigmas: list[float], pairs: Trajectories, held_out: Trajecto
             now = {name: value.detach().clone() for name, value in named.items()}
             lab.network.load_state_dict(average, strict=False)
             error = held_out_error()
+            print(f"[bench] SFD: held-out error {error:.4f} after {lab.spent - first:,} evaluations", flush=True)  # to see whether it still falls
             lab.network.load_state_dict(now, strict=False)
             if error < best[0]:
                 best = error, {name: value.clone() for name, value in average.items()}

@@ -1,6 +1,6 @@
 """How many network evaluations does a table cost? Error on unseen pairs over all that was spent: search, teacher, student, a backward pass one more; validation apart.
 
-A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the largest budget's is the whole. EPD, whose first step is free as the table's is, has the same pairs and budgets up to its
+A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the best budget's is the whole. EPD, whose first step is free as the table's is, has the same pairs and budgets up to its
 own: what it takes to come within SAME of its last error is its cost.
 """
 import argparse
@@ -34,7 +34,6 @@ from .parts import (
 )
 from .peers import methods
 from .peers.lab import Lab
-from .peers.methods import teacher_cost
 
 TEACHER_SHARE = 0.4  # of what is left after the search
 EPD, MOST, SAME = "EPD" + methods.ANALYTIC, 60_000, 1.01
@@ -73,8 +72,9 @@ def run(arguments: list[str]) -> dict:
     gains = {budget: plain["pooled"] - error for budget, error in errors.items()}
     enough = min(budget for budget, gain in gains.items() if gain >= 0.9 * max(gains.values()))
     within = lambda made, wanted: [budget for budget, error in made.items() if error <= wanted]
-    reached, final = within(errors, peer[max(peer)]), within(peer, SAME * peer[max(peer)])
-    result = dict(model=told.model, cfg=told.cfg, vs_epd_cost=round(min(reached) / min(final), 4) if reached else None, weights=name_of(weights_file(told.model)), evaluations_to_90=enough, gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()})
+    last = peer[max(peer)]
+    reached, cost = within(errors, last), within(peer, SAME * last)
+    result = dict(model=told.model, cfg=told.cfg, vs_epd_cost=round(min(reached) / min(cost), 4) if reached else None, weights=name_of(weights_file(told.model)), evaluations_to_90=enough, gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()})
     write_result(f"cost-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
     return result
 
@@ -97,6 +97,6 @@ def searched(seen, pairs: Trajectories, analytic: bool = True) -> tuple[Tableau,
         lab = Lab(session)
         with torch.no_grad():
             [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], STEPS, lab.sigma_max, session.flow, analytic=analytic)
-        return found, lab.spent + teacher_cost(pairs)
+        return found, lab.spent + methods.teacher_cost(pairs)
 
     return seen.session(work)

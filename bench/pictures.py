@@ -31,16 +31,17 @@ def run(arguments: list[str]) -> dict:
     if told.prompts and not told.clip:
         raise SystemExit("--prompts is for the CLIP score: give a CLIP model's folder with --clip.")
     student, weights, found = pictures_of(told.student), Path(torch.hub.get_dir()) / "checkpoints", {}
+    made = stacked(student) if told.teacher or told.other else None
     if told.teacher:
         teacher = pictures_of(told.teacher)
         if missing := sorted(set(student) ^ set(teacher)):
             raise SystemExit(f"{told.student} and {told.teacher} must have pictures of the same names: {missing[0]} is in one of them only.")
-        made, wanted = stacked(student), stacked(teacher)
+        wanted = stacked(teacher)
         found |= {f"error {name}": value for name, value in nrmse(made, wanted).items()}
         if present(weights / BACKBONES[told.lpips], "LPIPS"):
             found["lpips"] = perceptual_distance(made, wanted, told.lpips)
     if told.other:
-        made, other = stacked(student), stacked(pictures_of(told.other))
+        other = stacked(pictures_of(told.other))
         count = min(len(made), len(other))
         found |= dict(spectrum=spectrum_gap(made, other), swd=float(np.mean(sliced_wasserstein(made[:count], other[:count]))))
         if present(weights / INCEPTION, "FID and KID"):

@@ -20,8 +20,8 @@ def halves(count: int) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.T
 
 def row_error(terms: list[torch.Tensor], target: torch.Tensor, tableau: Tableau) -> torch.Tensor:
     """[N] mean squared end-point error of each picture with the last row solved on the other half; terms [x_T, D_0, …], each [N, …]."""
-    columns = torch.stack([term.double().cpu().flatten(1) for term in terms], 2)  # [N, numbers of a picture, terms]
-    target, error = target.double().cpu().flatten(1), torch.zeros(len(target), dtype=torch.float64)
+    columns = torch.stack([term.cpu().double().flatten(1) for term in terms], 2)  # [N, numbers of a picture, terms]
+    target, error = target.cpu().double().flatten(1), torch.zeros(len(target), dtype=torch.float64)
     for fit, test in halves(len(target)):
         flat, goal = columns[fit].flatten(0, 1), target[fit].flatten()
         row = ridge(flat.T @ flat, flat.T @ goal, tableau.matrix[-1])
@@ -50,7 +50,7 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
         with torch.no_grad():
             plain = {name: ends(part, offsets) for name, part in (("fit", fit), ("test", test))}
         left, rest = target[fit] - plain["fit"], target[test] - plain["test"]  # r − JΔ
-        before += float(rest.double().square().sum())
+        before += energy(rest)
         weight = 1 / left.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (left.dim() - 1))
         weight = weight / weight.mean()
         left = weight * left
@@ -59,12 +59,12 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
         way, size = gradient, dot(gradient, gradient)
         for step in range(iterations):
             moved = weight * pushed(ends, fit, offsets, way, plain["fit"])
-            length = size / max(float(moved.double().square().sum()), 1e-30)
+            length = size / max(energy(moved), 1e-30)
             solution = {path: value + length * way[path] for path, value in solution.items()}
             left = left - length * moved
             rest = rest - length * pushed(ends, test, offsets, way, plain["test"])
-            after[step] += float(rest.double().square().sum())
-            reduction.append({path: float((first[path].double() * value.double()).sum()) for path, value in solution.items()})  # gᵀΔ by site
+            after[step] += energy(rest)
+            reduction.append({path: dot({path: first[path]}, {path: value}) for path, value in solution.items()})  # gᵀΔ by site
             if progress is not None:
                 progress("offsets", number * iterations + step + 1, 2 * iterations)
             if step + 1 < iterations:
@@ -79,7 +79,11 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
 
 
 def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return sum(float((a[path].double() * b[path].double()).sum()) for path in a)
+    return sum(float((a[path].cpu().double() * b[path].cpu().double()).sum()) for path in a)
+
+
+def energy(x: torch.Tensor) -> float:
+    return float(x.cpu().double().square().sum())
 
 
 def pulled_back(ends, part: torch.Tensor, offsets: dict[str, torch.Tensor], cotangent: torch.Tensor, batch: int = 8) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .errors import MTEOError
+from .gradient import Room, gradient_of
 from .perception import unlikeness
 from .recipe import Recipe
 from .tableau import Tableau, combine, execute, with_matrix
@@ -39,6 +40,13 @@ class State:
     best_offsets: dict[str, torch.Tensor] = field(default_factory=dict)
     log: list[dict] = field(default_factory=list)
 
+    def go_beside(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Each tensor goes to the device of the parameter that it is of."""
+        beside = lambda values: {path: value.to(parameters[path].device) for path, value in values.items()}
+        self.offsets, self.averaged, self.best_offsets = beside(self.offsets), beside(self.averaged), beside(self.best_offsets)
+        firsts, seconds = (beside({path: moments[i] for path, moments in self.moments.items()}) for i in (0, 1))
+        self.moments = {path: (firsts[path], seconds[path]) for path in firsts}
+
 
 def fresh_state(parameters: dict[str, torch.Tensor], recipe: Recipe) -> State:
     """Zero offsets (= the plain model) in the shapes of `parameters`."""
@@ -54,16 +62,14 @@ def save_state(state: State, path: Path) -> None:
     new.replace(path)
 
 
-def load_state(path: Path, device) -> State | None:
+def load_state(path: Path) -> State | None:
     """The state at `path`, or None where there is none; MTEOError where it cannot be read."""
     if not Path(path).is_file():
         return None
     try:
-        values = torch.load(path, map_location=device, weights_only=True)
+        return State(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         raise MTEOError(f"The training state {Path(path).name} cannot be read: delete it to train from the start.") from error
-    values["generator"] = values["generator"].cpu()
-    return State(**values)
 
 
 def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
@@ -79,15 +85,15 @@ def corrected(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> Tableau:
     if ROWS not in parameters:
         return tableau
     correction, rows = parameters[ROWS], len(parameters[ROWS])
-    matrix = tableau.matrix.to(correction.device)
+    matrix = tableau.matrix
     return with_matrix(tableau, torch.cat([matrix[:-rows], matrix[-rows:] + (correction * row_units(tableau, rows).to(correction)).double()]))
 
 
 def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None) -> list[torch.Tensor]:
     """[x_T, D_0, …, D_{calls-1}] of the student; denoise(x, call, sigma) -> D."""
-    matrix, terms = tableau.matrix.to(start.device), [tableau.begun(start)]
+    terms = [tableau.begun(start)]
     for call, sigma in enumerate(tableau.sigmas.tolist()[:calls]):
-        terms.append(denoise(combine(matrix[call], terms), call, sigma))
+        terms.append(denoise(combine(tableau.matrix[call], terms), call, sigma))
     return terms
 
 
@@ -104,14 +110,15 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
     `unlikeness`; None where the error of the latents is all that counts. progress(state, line) is called after every step, `line` being a dict after a validation and else None; it
     may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of its rows, state).
     """
-    calls, spread = len(tableau.sigmas), float(train.end.double().std())
+    calls, spread = len(tableau.sigmas), float(train.end.cpu().double().std())
     parameters = {path: value.requires_grad_(True) for path, value in offsets.items()}
     if recipe.rows != "solver":
-        parameters[ROWS] = torch.zeros(calls if recipe.rows == "all" else 1, calls + 1, device=train.end.device, requires_grad=True)
+        parameters[ROWS] = torch.zeros(calls if recipe.rows == "all" else 1, calls + 1, requires_grad=True)  # on the processor, as the solver is
     state = state or fresh_state(parameters, recipe)
+    state.go_beside(parameters)
     generator = torch.Generator()
     generator.set_state(state.generator)
-    total = recipe.sequential + recipe.iterations
+    total, room = recipe.sequential + recipe.iterations, Room(recipe.batch)
     load(parameters, state.offsets)
     if not state.best_offsets:
         line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe)  # zero offsets: the plain model
@@ -120,41 +127,43 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
             for values in (state.offsets, state.averaged):
                 values[ROWS][-1] = (change / row_units(tableau, 1)[-1]).to(values[ROWS])
             load(parameters, state.offsets)
-        state.rates = first_rates(denoise, tableau, parameters, train.part(slice(0, SOLVED)), recipe)
+        state.rates = first_rates(denoise, tableau, parameters, train.part(slice(0, SOLVED)), recipe, room)
         if progress is not None:
             progress(state, line)
     while state.iteration < total:
-        batch = train.part(torch.randint(len(train), (recipe.batch,), generator=generator))
-        student = corrected(tableau, parameters)
-        if state.iteration < recipe.sequential:
-            loss = step_loss(state.iteration * calls // recipe.sequential, student, denoise, batch)
-        else:
-            end = execute(student, partial(denoise, batch=batch), batch.start)
-            loss = picture_loss(end, batch.end)
-            if perceive and state.iteration >= total - LATE * recipe.iterations:
-                loss = loss / spread + recipe.perception * seen_apart(perceive, end, batch, generator)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        batch, noise = train.part(torch.randint(len(train), (recipe.batch,), generator=generator)), None
+        if perceive and state.iteration >= max(total - LATE * recipe.iterations, recipe.sequential):
+            noise = torch.randn(batch.end.shape, generator=generator).to(batch.end.device)
+
+        def loss_of(rows: slice, denoise, batch=batch, noise=noise) -> torch.Tensor:
+            part, student = batch.part(rows), corrected(tableau, parameters)
+            if state.iteration < recipe.sequential:
+                return step_loss(state.iteration * calls // recipe.sequential, student, denoise, part)
+            end = execute(student, partial(denoise, batch=part), part.start)
+            loss = picture_loss(end, part.end)
+            return loss if noise is None else loss / spread + recipe.perception * seen_apart(perceive, end, part, noise[rows])
+
+        loss, gradients = gradient_of(loss_of, denoise, batch, list(parameters.values()), room)
         step_adam(parameters, gradients, state, recipe, total)
         state.iteration += 1
         state.generator = generator.get_state()
         line = None
         if state.iteration % recipe.validate_every == 0 or state.iteration == total:
-            line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe, float(loss.detach()))
+            line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe, float(loss))
         if progress is not None:
             progress(state, line)
     load(parameters, state.best_offsets)
     best = {path: value.detach().clone() for path, value in parameters.items()}
-    learned = with_matrix(tableau, corrected(tableau, best).matrix.cpu())
+    learned = with_matrix(tableau, corrected(tableau, best).matrix)
     best.pop(ROWS, None)
     return best, learned, state
 
 
-def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, generator: torch.Generator) -> torch.Tensor:
-    """How unlike the teacher's ends the network finds the student's, both with the same fresh noise."""
-    noise = torch.randn(end.shape, generator=generator).to(end.device)
+def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, noise: torch.Tensor) -> torch.Tensor:
+    """How unlike the teacher's ends the network finds the student's, both with the same noise."""
     with torch.no_grad():
         wanted = perceive(batch.end, noise, batch)
-    return unlikeness(perceive(end, noise, batch), wanted)
+    return unlikeness(perceive(end, noise, batch), wanted).to(end.device)
 
 
 def step_loss(step: int, student: Tableau, denoise, batch: Trajectories) -> torch.Tensor:
@@ -167,7 +176,7 @@ def step_loss(step: int, student: Tableau, denoise, batch: Trajectories) -> torc
     terms = student_terms(student, one_step, batch.start, step + 1)
     calls = len(student.sigmas)
     target = batch.states[:, step] if step + 1 < calls and calls == batch.states.shape[1] + 1 else batch.end
-    return picture_loss(combine(student.matrix[step + 1].to(batch.start.device), terms), target)
+    return picture_loss(combine(student.matrix[step + 1], terms), target)
 
 
 @torch.no_grad()
@@ -177,28 +186,33 @@ def solved_row(denoise, tableau: Tableau, pairs: Trajectories, batch: int = 64) 
     gram, right = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
         terms = student_terms(tableau, partial(denoise, batch=part), part.start)
-        columns = torch.stack([term.flatten().double().cpu() for term in terms], 1)
-        gram, right = gram + columns.T @ columns, right + columns.T @ part.end.flatten().double().cpu()
+        columns = torch.stack([term.flatten().cpu().double() for term in terms], 1)
+        gram, right = gram + columns.T @ columns, right + columns.T @ part.end.flatten().cpu().double()
     return ridge(gram, right, tableau.matrix[-1])
 
 
 def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: float = 1e-4) -> torch.Tensor:
     """argmin |A row − b|² + weight·tr(AᵀA)/n·|row − prior|² (float64)."""
-    prior = prior.double().cpu()
+    prior = prior.double()
     damp = weight * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
     return torch.linalg.solve(gram + damp, right + damp @ prior)
 
 
-def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe) -> dict[str, float]:
+def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe, room: Room) -> dict[str, float]:
     """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites and one for the rows: that at which it
     is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
-    slopes, whole = {path: torch.zeros_like(value, dtype=torch.float64) for path, value in parameters.items()}, 0.0
+    slopes, whole = {path: torch.zeros(value.shape, dtype=torch.float64) for path, value in parameters.items()}, 0.0
     for part in (pairs.part(slice(begin, begin + recipe.batch)) for begin in range(0, len(pairs), recipe.batch)):
-        end = execute(corrected(tableau, parameters), partial(denoise, batch=part), part.start)
-        loss = picture_loss(end, part.end) * len(part) / len(pairs)
-        whole += float(loss.detach())
-        for slope, gradient in zip(slopes.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
-            slope += 0.0 if gradient is None else gradient.double()
+
+        def loss_of(rows: slice, denoise, part=part) -> torch.Tensor:
+            few = part.part(rows)
+            return picture_loss(execute(corrected(tableau, parameters), partial(denoise, batch=few), few.start), few.end)
+
+        loss, gradients = gradient_of(loss_of, denoise, part, list(parameters.values()), room)
+        share = len(part) / len(pairs)
+        whole += share * float(loss)
+        for slope, gradient in zip(slopes.values(), gradients, strict=True):
+            slope += share * gradient.cpu().double()
     steep = {path: float(slope.abs().sum()) for path, slope in slopes.items()}
     rate = lambda slope: min(recipe.rate, REACH * whole / (slope + 1e-12))
     sites = rate(sum(slope for path, slope in steep.items() if path != ROWS))
@@ -207,8 +221,8 @@ def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], 
 
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
     """Adam with a cosine rate and one clip over all sites; the averaged offsets follow."""
-    gradients = [torch.zeros_like(p) if g is None else g.nan_to_num(0.0) for p, g in zip(parameters.values(), gradients, strict=True)]
-    norm = torch.stack([g.double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
+    gradients = [gradient.nan_to_num(0.0) for gradient in gradients]
+    norm = torch.stack([g.cpu().double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
     scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0).float()
     count = state.iteration + 1
     left = 0.5 * (1 + math.cos(math.pi * state.iteration / total))
@@ -229,10 +243,10 @@ def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: in
     errors, unlike, generator = [], 0.0, torch.Generator().manual_seed(0)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
         end = execute(tableau, partial(denoise, batch=part), part.start)
-        errors.append((end - part.end).double().flatten(1).square().mean(1).sqrt())
+        errors.append((end - part.end).cpu().double().flatten(1).square().mean(1).sqrt())
         if perceive:
-            unlike += len(part) * float(seen_apart(perceive, end, part, generator))
-    return torch.cat(errors) / float(pairs.end.double().std()), unlike / len(pairs) if perceive else None
+            unlike += len(part) * float(seen_apart(perceive, end, part, torch.randn(end.shape, generator=generator).to(end.device)))
+    return torch.cat(errors) / float(pairs.end.cpu().double().std()), unlike / len(pairs) if perceive else None
 
 
 def keep_best(state: State, parameters, tableau, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:

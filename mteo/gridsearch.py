@@ -77,8 +77,8 @@ class Plain:
 
     def solved(self, tableau: Tableau) -> tuple[torch.Tensor, Tableau]:
         """(RMSE of each picture with the best last row, the tableau with it); float64 least squares."""
-        columns = torch.stack([term.flatten().double().cpu() for term in self.terms(tableau)], 1)
-        target = self.pairs.end.flatten().double().cpu()
+        columns = torch.stack([term.flatten().cpu().double() for term in self.terms(tableau)], 1)
+        target = self.pairs.end.flatten().cpu().double()
         matrix = tableau.matrix.clone()
         matrix[-1] = ridge(columns.T @ columns, columns.T @ target, matrix[-1])
         return (columns @ matrix[-1] - target).view(len(self.pairs), -1).square().mean(1).sqrt(), with_matrix(tableau, matrix)

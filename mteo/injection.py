@@ -22,6 +22,7 @@ class Offsets:
         self.widths = [rows.shape[1] for rows in table.values()]
         self.units = torch.cat([torch.full((rows.shape[1],), GAIN_UNIT if is_gain(path) else 1.0) for path, rows in table.items()])
         self.current: dict[str, torch.Tensor] | None = None
+        self.folded = False  # the normalisations' own weights hold the gains in force (mteo/folding.py)
         self._joined: tuple | None = None  # (device, scale) and the rows made for them
         self._alone: dict[int, dict[str, torch.Tensor]] = {}  # what each of these is at every site, as far as it was asked for
 
@@ -33,19 +34,19 @@ class Offsets:
     def trained(self) -> bool:
         return next(iter(self.table.values())).requires_grad
 
-    def select(self, row: torch.Tensor | int | None, other: torch.Tensor | None = None, share: torch.Tensor | None = None) -> None:
-        """row [B], or a number for the whole batch on the processor: the row of the table that each batch row gets, R = none; other [B], share [B] in 0..1:
+    def select(self, row: torch.Tensor | int | None, other: torch.Tensor | None = None, share: torch.Tensor | None = None, device: torch.device = CPU) -> None:
+        """row [B], or a number for the whole batch on `device`: the row of the table that each batch row gets, R = none; other [B], share [B] in 0..1:
         so much of it is of another row. None = the plain network."""
         if row is None or self.scale == 0:
             self.current = None
             return
         if isinstance(row, int):
-            joined = self._join(CPU)
+            joined = self.joined(device)
             self.current = self._alone.get(row) or self._by_site(joined[row : row + 1])
             if not self.trained:
                 self._alone[row] = self.current
             return
-        joined = self._join(row.device)
+        joined = self.joined(row.device)
         mixed = embedding(row, joined)  # as joined[row], but its gradient is summed in one order: training repeats bit for bit
         if other is not None:
             mixed = (1 - share)[:, None] * mixed + share[:, None] * embedding(other, joined)
@@ -55,7 +56,7 @@ class Offsets:
         """Views of [B, ΣD] by path."""
         return dict(zip(self.table, mixed.split_with_sizes(self.widths, 1), strict=True))
 
-    def _join(self, device) -> torch.Tensor:
+    def joined(self, device) -> torch.Tensor:
         """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its tensors."""
         key = (device, self.scale)
         if self.trained or self._joined is None or self._joined[0] != key:
@@ -70,17 +71,34 @@ class Offsets:
 
     def add(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """tensor [B, D] or [B, T, D] plus the offset, cast to the tensor's own dtype at the site (traps 12)."""
-        offset = self.current[path]
-        if offset.dtype != tensor.dtype:
-            offset = offset.to(tensor.dtype)
+        offset = self._as(path, tensor)
         return tensor + (offset if tensor.dim() == 2 else offset[:, None])  # v = e_l(t_k) + Δ[k, l]
+
+    def _as(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is in force at the site in the tensor's dtype; made once for a row that is not being learned."""
+        values = self.current[path]
+        if values.dtype != tensor.dtype:
+            values = values.to(tensor.dtype)
+            if not values.requires_grad:
+                self.current[path] = values
+        return values
+
+    def gains(self, device) -> torch.Tensor:
+        """[R + 1, ΣC] of the sites that are normalisations, side by side, as `joined`."""
+        by_site = self._by_site(self.joined(device))
+        return torch.cat([by_site[path] for path in gain_paths(self.table)], 1)
 
     def scaled(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
         """tensor [B, C, H, W] or [B, T, D] times 1 + the gain of each channel, rounded once to the tensor's dtype; without a gradient in place, as a normalisation's
         output is nobody else's."""
-        gain = self.current[path].to(tensor.dtype)
+        gain = self._as(path, tensor)
         gain = gain[:, :, None, None] if tensor.dim() == 4 else gain[:, None]
         return torch.addcmul(tensor, tensor, gain) if torch.is_grad_enabled() else tensor.addcmul_(tensor, gain)
+
+
+def gain_paths(table: dict[str, torch.Tensor]) -> list[str]:
+    """The sites of a table that are normalisations."""
+    return [path for path in table if is_gain(path)]
 
 
 def find_modules(network: torch.nn.Module, table: dict[str, torch.Tensor], space: str) -> dict[str, torch.nn.Module]:
@@ -110,7 +128,7 @@ def attach(modules: dict[str, torch.nn.Module], offsets: Offsets, space: str) ->
         return lambda module, arguments, output: None if offsets.current is None else offsets.add(path, output)
 
     def gain(path):
-        return lambda module, arguments, output: None if offsets.current is None else offsets.scaled(path, output)
+        return lambda module, arguments, output: None if offsets.current is None or offsets.folded else offsets.scaled(path, output)
 
     def hooked(path, module):
         if is_gain(path):

@@ -9,10 +9,10 @@ def per_picture(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     MTEOError where the shapes differ or the teacher has no spread."""
     if student.shape != teacher.shape or student.dim() < 2:
         raise MTEOError(f"Pictures cannot be compared: the student's are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}.")
-    if teacher.numel() < 2 or float(teacher.double().std()) == 0:
+    student, teacher = student.cpu().double(), teacher.cpu().double()
+    if teacher.numel() < 2 or float(teacher.std()) == 0:
         raise MTEOError("Pictures cannot be compared: the teacher's have no spread.")
-    error = (student.double() - teacher.double()).flatten(1).pow(2).mean(1).sqrt()
-    return error / teacher.double().std()
+    return (student - teacher).flatten(1).pow(2).mean(1).sqrt() / teacher.std()
 
 
 def nrmse(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, float]:
@@ -26,7 +26,7 @@ def paired_bootstrap_ratio(errors_a: torch.Tensor, errors_b: torch.Tensor, seed:
     `n` times, the same items for both (traps 34)."""
     if errors_a.shape != errors_b.shape or errors_a.dim() != 1 or len(errors_a) == 0:
         raise MTEOError("The two lists of errors must be of the same pictures.")
-    a, b = errors_a.double().cpu().pow(2), errors_b.double().cpu().pow(2)
+    a, b = errors_a.cpu().double().pow(2), errors_b.cpu().double().pow(2)
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(a), (len(a),), generator=generator) for _ in range(n))
     ratios = torch.stack([a[index].mean() / b[index].mean() for index in draws]).sqrt()
@@ -44,7 +44,7 @@ def held_out_errors(log: list[dict]) -> list[float]:
 
 def energy_by_frequency(x: torch.Tensor, bands: int) -> torch.Tensor:
     """[bands] mean energy of x [N, C, H, W] in each band of frequency, low to high, float64; the mean of a picture is left out."""
-    energy = torch.fft.fft2(x.double().cpu(), norm="ortho").abs().square().mean((0, 1))
+    energy = torch.fft.fft2(x.cpu().double(), norm="ortho").abs().square().mean((0, 1))
     each = [torch.fft.fftfreq(n, dtype=torch.float64) for n in energy.shape]
     band = ((each[0][:, None].square() + each[1].square()).sqrt() / 0.5 * bands).ceil().clamp_max(bands)  # 0: the mean
     return torch.stack([energy[band == i].mean() for i in range(1, bands + 1)])

@@ -13,7 +13,7 @@ ACCURACY = 1e-5  # relative; float32 rounding of uni_pc reaches 4e-6 (traps 5)
 @dataclass(frozen=True)
 class Tableau:
     """sigmas [N]: σ at each network call, in call order. row_sigmas [R]: the distinct ones, in order of first use. rows: call
-    -> row. matrix [N+1, N+1] float64: row j < N gives the x of call j, row N the result; column 0 = x_T, column 1+i = D_i. mean [C]: of the latents by
+    -> row. matrix [N+1, N+1] float64 on the processor (Apple's graphics cards have no float64): row j < N gives the x of call j, row N the result; column 0 = x_T, column 1+i = D_i. mean [C]: of the latents by
     channel, where the first call is below the σ of x_T (`started_at`); None = 0."""
 
     sigmas: torch.Tensor
@@ -139,16 +139,16 @@ def started_at(tableau: Tableau, sigma_max: float, mean: torch.Tensor | None = N
 
 def execute(tableau: Tableau, denoise, x: torch.Tensor) -> torch.Tensor:
     """Run the table from x = x_T; denoise(x, call, sigma) -> D. Differentiable."""
-    terms, matrix = [tableau.begun(x)], tableau.matrix.to(x.device)
+    terms = [tableau.begun(x)]
     for call, sigma in enumerate(tableau.sigmas.tolist()):
-        terms.append(denoise(combine(matrix[call], terms), call, sigma))
-    return combine(matrix[-1], terms)
+        terms.append(denoise(combine(tableau.matrix[call], terms), call, sigma))
+    return combine(tableau.matrix[-1], terms)
 
 
 def combine(row: torch.Tensor, terms: list[torch.Tensor]) -> torch.Tensor:
     """Σ_i row_i · terms_i over the terms that are there (x_T first); a weight of 0 leaves its term unread."""
     if row.requires_grad:  # coefficients that are being learned
-        return sum(weight.to(term.dtype) * term for weight, term in zip(row, terms, strict=False))
+        return sum(weight * term for weight, term in zip(row.to(terms[0]), terms, strict=False))
     weights = row.tolist()
     total = None
     for weight, term in zip(weights, terms, strict=False):

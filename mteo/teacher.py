@@ -43,7 +43,7 @@ def follow(tableau: Tableau, denoise, start: torch.Tensor, student_sigmas) -> tu
 
     denoise(x, call, sigma) -> D. MTEOError where the teacher's grid misses one of the student's σ.
     """
-    matrix, sigmas = tableau.matrix.to(start), tableau.sigmas.tolist()
+    matrix, sigmas = tableau.matrix, tableau.sigmas.tolist()
     wanted = [float(s) for s in student_sigmas if 0 < s < student_sigmas[0]]
     terms, states = [tableau.begun(start)], {}
     for call, sigma in enumerate(sigmas):

@@ -388,3 +388,45 @@ def test_training_with_guidance_inside_comes_to_rest_at_that_cfg(comfyui_root):
     for _ in range(60):
         answer = guided(truth, answer, without, dropped, 1.5)
     assert answer.flatten().tolist() == pytest.approx([1 + 1.5 * (2 - 1), 5.0])
+
+
+def table_for(model):
+    """Embeddings of three steps with gains and offsets, for a solver of their own."""
+    import comfy.samplers
+
+    from mteo.tableau import with_matrix
+
+    embeddings = zero_embeddings(model, comfy.samplers.sampler_object("euler"), grid(model), space="gains")
+    table, generator = embeddings.tables[3], torch.Generator().manual_seed(0)
+    table.offsets = {path: 0.3 * torch.randn(rows.shape, generator=generator) for path, rows in table.offsets.items()}
+    table.learned = [with_matrix(table.tableau, table.tableau.matrix * 1.01)]
+    return embeddings
+
+
+def test_a_sampling_with_folded_gains_is_the_one_with_hooks(comfy_objects, monkeypatch):
+    """Of the table's own sampler, which tells σ, and on the processor; a LoRA on a normalisation that comes between two samplings acts."""
+    from mteo.comfyui import patch
+    from mteo.comfyui.sampling import applied
+    from mteo.folding import Folded, foldable
+
+    model, _, positive, negative = comfy_objects
+    embeddings, made, used = table_for(model), {}, []
+    with torch.inference_mode():
+        norms = {name: value for name, value in model.model.diffusion_model.named_parameters() if name.endswith(("norm1.weight", "out_layers.0.bias"))}
+        before, row = {name: value.clone() for name, value in norms.items()}, Folded.row
+        monkeypatch.setattr(Folded, "row", lambda self, number: used.append(number) or row(self, number))
+        for fold in (True, False):
+            monkeypatch.setattr(patch, "foldable", foldable if fold else lambda modules: False)
+            for strength in (0.0, 0.5):
+                lora = model.clone()
+                lora.add_patches({f"diffusion_model.{name}": (torch.full_like(value, 0.2),) for name, value in norms.items()}, strength)
+                patched, sampler, sigmas = applied(lora, embeddings)
+                made[fold, strength] = sample(patched, positive, negative, sampler, sigmas)
+            assert (len(used) > 0) == fold
+            used.clear()
+        for strength in (0.0, 0.5):
+            assert made[True, strength].allclose(made[False, strength], atol=2e-3 * float(made[False, strength].abs().max()))
+        assert (made[True, 0.0] - made[True, 0.5]).abs().max() > 0.05
+        sample(model, positive, negative, sampler, sigmas)  # ComfyUI takes the LoRA out of the weights when the model is used without it
+        now = dict(model.model.diffusion_model.named_parameters())
+        assert all(torch.equal(now[name], value) for name, value in before.items())

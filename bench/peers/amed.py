@@ -26,13 +26,14 @@ class Bottleneck:
 
     def __init__(self, lab: Lab):
         blocks = lab.network.joint_blocks if find_family(lab.network) == "sd3" else None
+        self.device = lab.session.device
         self.handle = (blocks[len(blocks) // 2 - 1] if blocks else lab.network.middle_block[-1]).register_forward_hook(self.keep)
 
     def keep(self, module, inputs, output):
         self.seen = output[1].mean(2) if isinstance(output, tuple) else output.mean(1).flatten(1)
 
     def of(self, count: int) -> torch.Tensor:
-        return self.seen.detach().view(-1, count, self.seen.shape[-1]).mean(0)
+        return self.seen.detach().view(-1, count, self.seen.shape[-1]).mean(0).to(self.device)
 
 
 def sample(lab: Lab, analytic: bool, learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     pairs = gather(session, teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
     few = pairs.part(slice(0, 16))
     finer = execute(teacher_tableau(session, teacher_sigmas(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
-    spread, free = float(pairs.end.double().std()), recipe.grid == FREE
+    spread, free = float(pairs.end.cpu().double().std()), recipe.grid == FREE
     root = lambda squares: float(squares.mean().sqrt()) / spread
     plain = Plain(denoise_of(session, range(recipe.guided, recipe.steps)), pairs)
     sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
@@ -100,13 +100,13 @@ def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagn
     """Fill in what the table does on the pairs."""
     patch.at(diagnosis.cfg)
     table = patch.table
-    tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.double().std())
+    tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.cpu().double().std())
     patch.offsets.scale = 0.0
     schedule = tableau.schedule.tolist()
     wanted, _ = follow(teacher_tableau(session, refined_of(session, schedule, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, schedule)
     patch.offsets.scale = 1.0
     states, end = follow(tableau, partial(denoise_of(session, table.alone), batch=pairs), pairs.start, schedule)
-    errors = (states - wanted).double().square().mean((0, *range(2, states.dim()))).sqrt() / spread
+    errors = (states - wanted).cpu().double().square().mean((0, *range(2, states.dim()))).sqrt() / spread
     diagnosis.states = dict(zip(schedule[1:-1], errors.tolist(), strict=True))
     diagnosis.table = diagnosis.states[0.0] = nrmse(end, pairs.end)["pooled"]
     diagnosis.bands = by_frequency(end, pairs.end)

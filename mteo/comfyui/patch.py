@@ -6,6 +6,7 @@ model that is being sampled [1]. Hooks are put on at the first evaluation, as Co
 """
 import logging
 from bisect import bisect_left
+from contextlib import contextmanager
 
 import comfy.samplers
 import torch
@@ -14,10 +15,10 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
 from ..fingerprint import difference, fingerprint, verdict
-from ..injection import Offsets, attach, detach, find_modules
-from .solver import OWN, cfg_of, read_tableau, sampler_name
+from ..folding import Folded, foldable
+from ..injection import Offsets, attach, detach, find_modules, gain_paths
+from .solver import KEY, OWN, cfg_of, read_tableau, sampler_name
 
-KEY = "mteo"
 KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
 SAME_SIGMA = 1e-4  # relative distance under which two σ are one: samplers differ by float32 rounding
 SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
@@ -34,10 +35,13 @@ class Patch:
         self.cfg = table.guidance[0]
         self.look_at(self.cfg)
         self.offsets = Offsets(table.offsets_at(self.cfg), self.row_of_window if off_grid in ("error", "off") else None)
-        self.offsets.scale = strength
+        self.offsets.scale, self.gains = strength, gain_paths(self.offsets.table)
         self.modules = (None, {})  # (the network, its module of each site)
         self.users: dict[int, torch.nn.Module] = {}  # by id: patchers that have injected, with their network
         self.handles: dict[torch.nn.Module, list] = {}  # network -> its hooks
+        self.scaling: set[torch.nn.Module] = set()  # networks that also have those of the gains
+        self.folded = (None, None)  # (what it was made of, the gains in a network's own weights or None where they cannot be)
+        self.told: float | None = None  # σ of the evaluations to come, where it is known without asking the card
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
     def at(self, cfg: float) -> None:
@@ -77,13 +81,16 @@ class Patch:
         network = self.users.pop(id(patcher), None)
         if network not in self.users.values():
             detach(self.handles.pop(network, []))
+            self.scaling.discard(network)
 
     def rows(self, sigma: torch.Tensor) -> tuple:
         """What `Offsets.select` takes for σ [B], one for each or one for all; no row where the table has none. On the device of σ, without a wait."""
         if self.row_sigmas.device != sigma.device:
             self.row_sigmas, self.windows, self.row_of_window = (own.to(sigma.device) for own in (self.row_sigmas, self.windows, self.row_of_window))
-        if sigma.device.type == "cpu" and self.off_grid in ("error", "off") and len(values := set(sigma.tolist())) == 1:
-            return (bisect_left(self.bounds, values.pop()),)  # one for the whole batch; elsewhere to know it would be a wait
+        if self.off_grid in ("error", "off"):  # one for the whole batch, where it is known
+            values = {self.told} if self.told is not None else set(sigma.tolist()) if sigma.device.type == "cpu" else ()
+            if len(values) == 1:
+                return (bisect_left(self.bounds, values.pop()),)
         rows, sigma = self.row_sigmas, sigma.float()
         if self.off_grid == "nearest":
             return ((sigma.clamp_min(1e-10)[:, None] / rows).log().abs().argmin(1),)
@@ -97,14 +104,49 @@ class Patch:
 
     def apply_model(self, executor, x, t, *args, **kwargs):
         """APPLY_MODEL wrapper: t is σ [B] of each batch row."""
-        network = executor.class_obj.diffusion_model
-        if network not in self.handles and network in self.users.values():
-            self.handles[network] = attach(self.find(network), self.offsets, self.space)
-        self.offsets.select(*self.rows(t))
+        rows = self.rows(t)
+        self.offsets.select(*rows, device=t.device)
         try:
-            return executor(x, t, *args, **kwargs)
+            with self.hooked(executor.class_obj, rows, t.device):
+                return executor(x, t, *args, **kwargs)
         finally:
             self.offsets.select(None)
+
+    @contextmanager
+    def hooked(self, base, rows: tuple, device: torch.device):
+        """Inside, the network of ComfyUI's BaseModel has the hooks of its sites. One row for the whole batch: gains are in the normalisations' own weights, where they can be, and need none.
+        A compiled network has had its hooks since it was injected."""
+        network = base.diffusion_model
+        if network not in self.users.values() or self.offsets.current is None:
+            yield
+            return
+        modules = self.find(network)
+        if network not in self.handles:
+            self.handles[network] = attach({path: module for path, module in modules.items() if path not in self.gains}, self.offsets, self.space)
+        folded = self.fold(base, device) if isinstance(rows[0], int) and not self.offsets.trained else None
+        if folded:
+            self.offsets.folded = True
+            try:
+                with folded.row(rows[0]):
+                    yield
+            finally:
+                self.offsets.folded = False
+            return
+        if network not in self.scaling:
+            self.scaling.add(network)
+            self.handles[network] += attach({path: modules[path] for path in self.gains}, self.offsets, self.space)
+        yield
+
+    def fold(self, base, device: torch.device) -> Folded | None:
+        """The gains in the weights of the network's normalisations, made once for a table and a set of LoRAs, which ComfyUI numbers; None where they cannot be."""
+        if getattr(base.current_patcher, "hook_patches", None):
+            return None  # LoRAs that come and go within a sampling
+        made_of, (known, folded) = (base.diffusion_model, self.offsets.joined(device), base.current_weight_patches_uuid), self.folded
+        if known is None or any(a is not b for a, b in zip(known, made_of, strict=True)) or (folded and not folded.current):
+            modules = [self.find(base.diffusion_model)[path] for path in self.gains]
+            able = foldable(modules) and modules[0].weight.device == device
+            self.folded = made_of, Folded(modules, self.offsets.gains(device)) if able else None
+        return self.folded[1]
 
     def check_sampling(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE wrapper: the offsets of the guider's cfg; before any evaluation, the schedule and the sampler must be the table's [3]."""

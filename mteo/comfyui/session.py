@@ -5,7 +5,8 @@ that gives a differentiable denoised; conditioning, ControlNet, LoRA and wrapper
 """
 import copy
 import inspect
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, nullcontext
 
 import comfy.model_management
 import comfy.model_sampling
@@ -19,6 +20,7 @@ from ..errors import MTEOError
 from ..perception import NOISE, watched
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
+from .solver import told
 
 
 def is_flow(sampling) -> bool:
@@ -33,16 +35,21 @@ def short_floats(device: torch.device):
 
 
 class Session:
-    """What `work` gets: the device, the model's sampling and network, and `denoise`."""
+    """What `work` gets: the device that its pictures are on, the model's sampling and network, and `denoise`."""
 
     def __init__(self, guider, model_wrap, extra_args, latent, prompts: int):
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
-        self.latent, self.device = latent, latent.device
+        self.latent, self.device, self._computing = latent, latent.device, latent.device
+        self._together = sys.maxsize  # pictures that are evaluated at once, at most
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
         self.flow = is_flow(self.sampling)
         self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)
+
+    def keep_on(self, device: torch.device) -> None:
+        """Pictures are on this device from now on; the network computes where it was."""
+        self.latent, self.device = self.latent.to(device), device
 
     def noise(self, count: int, seed: int) -> torch.Tensor:
         """[count, …] in the model's latent space, made on the processor as ComfyUI makes it."""
@@ -58,20 +65,29 @@ class Session:
 
     def denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one
-        prompt) are evaluated together."""
+        prompt) are evaluated together, fewer where the card's memory does not hold them; with a gradient it is the caller who asks for fewer (mteo/gradient.py)."""
+        while True:
+            try:
+                return self._denoise(x, sigma, item, guidance)
+            except torch.cuda.OutOfMemoryError:
+                if torch.is_grad_enabled() or min(len(x), self._together) == 1:
+                    raise
+            self._together = min(len(x), self._together) // 2
+            torch.cuda.empty_cache()
+
+    def _denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
         keys = list(zip(guidance.tolist(), [0] * len(item) if self._stackable else item.tolist(), strict=True))
         pieces, order = [], []
-        for key in sorted(set(keys)):
-            own = torch.tensor([row for row, it in enumerate(keys) if it == key])
+        groups = ((key, torch.tensor([row for row, it in enumerate(keys) if it == key])) for key in sorted(set(keys)))
+        for key, own in ((key, own) for key, rows in groups for own in rows.split(self._together)):
             rows = own.to(x.device)
             part, items = x[rows], item[own].tolist()
             self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
             self._guider.cfg = key[0]
-            with short_floats(x.device):
-                pieces.append(self._wrap(part, sigma * part.new_ones(len(part)), **self._extra))
+            with short_floats(self._computing), told(self._guider, sigma) if isinstance(sigma, float) else nullcontext():
+                pieces.append(self._wrap(part.to(self._computing), (sigma * part.new_ones(len(part))).to(self._computing), **self._extra).to(x.device))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
-
 
     def perceived(self, x: torch.Tensor, noise: torch.Tensor, item: torch.Tensor) -> list[torch.Tensor]:
         """What the blocks of the plain network put out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""

@@ -10,6 +10,7 @@ from ..embeddings import Table
 from ..errors import MTEOError
 from ..tableau import Tableau, combine, probe
 
+KEY = "mteo"  # what is under it in a MODEL is the pack's
 OWN = "mteo"  # the name of a SAMPLER that runs a table of coefficients
 
 
@@ -75,17 +76,33 @@ def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] 
         last, ones = float(sigmas[-1]), x.new_ones(len(x))
         calls = next((call for call, sigma in enumerate(schedule) if sigma <= last * (1 + 1e-4)), len(schedule))
         terms, matrix = [x if getattr(guider, "linear", False) else tableau.begun(x)], tableau.matrix
+        told_sigmas = tableau.sigmas.to(x)  # all at once: each copy to a graphics card waits for what is under way there
 
         for call in trange(calls, disable=disable):
-            sigma = tableau.sigmas[call].to(x)
+            sigma = told_sigmas[call]
             x = combine(matrix[call], terms)
-            with guided_by(guider, 1.0 if call in alone else cfg):
+            with guided_by(guider, 1.0 if call in alone else cfg), told(guider, float(tableau.sigmas[call])):
                 terms.append(model(x, sigma * ones, **(extra_args or {})))
             if callback is not None:
                 callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": terms[-1], "steps": calls})
         return combine(matrix[calls], terms)
 
     return comfy.samplers.KSAMPLER(sample_mteo)
+
+
+@contextmanager
+def told(guider, sigma: float):
+    """Inside, the table on the guider's model knows the σ of the evaluations; to read it from a graphics card would be a wait."""
+    get = getattr(getattr(guider, "model_patcher", None), "get_attachment", None)
+    patch = get(KEY) if get else None
+    if patch is None:
+        yield
+        return
+    patch.told = sigma
+    try:
+        yield
+    finally:
+        patch.told = None
 
 
 @contextmanager

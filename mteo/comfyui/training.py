@@ -197,7 +197,7 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
             picture = execute(patch.table.tableau_at(recipe.guidance[number]), partial(denoise_of(session, patch.table.alone), batch=one), one.start)
         progress("training", state.iteration, total, picture=picture, **line)
 
-    table = trained(session, patch, recipe, recipe.guidance[number], pairs, held_out, store.read_state(number, session.device), told)
+    table = trained(session, patch, recipe, recipe.guidance[number], pairs, held_out, store.read_state(number), told)
     table.record |= dict(recipe=recipe.facts(), prompts=prompts, teacher=f"dpmpp_2m, {len(teacher.sigmas)} steps")
     return table
 
@@ -271,8 +271,8 @@ class RunFolder:
         if self.folder:
             save_trajectories(part, self.chunk(stream, number, chunk), self.note)
 
-    def read_state(self, number: int, device) -> State | None:
-        return load_state(self.folder / f"state-{number}.pt", device) if self.folder else None
+    def read_state(self, number: int) -> State | None:
+        return load_state(self.folder / f"state-{number}.pt") if self.folder else None
 
     def write_state(self, number: int, state: State) -> None:
         if self.folder:

@@ -1,0 +1,59 @@
+"""The gradient of a batch in the memory that there is: fewer pictures at a time where it is full, then each evaluation made twice."""
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .errors import MTEOError
+from .teacher import Trajectories
+
+
+@dataclass
+class Room:
+    """together: pictures whose evaluations are kept for the backward pass. recompute: nothing of an evaluation is kept but its input, it is made once more in the backward
+    pass (Chen et al. 2016, arXiv 1604.06174): a third more time."""
+
+    together: int
+    recompute: bool = False
+
+    def shrink(self) -> None:
+        """MTEOError where it is the smallest already."""
+        torch.cuda.empty_cache()
+        if self.together > 1:
+            self.together = -(-self.together // 2)
+        elif not self.recompute:
+            self.recompute = True
+        else:
+            raise MTEOError("The graphics card's memory does not hold one evaluation of one picture with its gradient: give a smaller latent, or close what else uses the card.")
+
+
+def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(loss, its gradient for each parameter) of loss_of(rows, denoise) -> mean over the pictures `rows`, a slice of the batch. `room` shrinks where it has to, and stays so."""
+    while True:
+        try:
+            return in_room(loss_of, denoise, batch, parameters, room)
+        except torch.cuda.OutOfMemoryError:
+            pass  # its traceback holds what was computed until here
+        room.shrink()
+
+
+def in_room(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """As `gradient_of`, in the room that is given."""
+    scale = 2.0 ** round(math.log2(max(batch.end.numel() / 16, 1)))  # float16 has nothing below 6e-8, and a mean over so many numbers has: undone below, to the last bit
+    denoise = partial(recomputed, denoise) if room.recompute else denoise
+    loss, total = 0.0, [torch.zeros_like(value) for value in parameters]
+    for begin in range(0, len(batch), room.together):
+        rows = slice(begin, min(begin + room.together, len(batch)))
+        own = loss_of(rows, denoise) * ((rows.stop - begin) / len(batch))
+        for value, gradient in zip(total, torch.autograd.grad(own * scale, parameters, allow_unused=True), strict=True):
+            if gradient is not None:
+                value += gradient / scale
+        loss = loss + own.detach()
+    return loss, total
+
+
+def recomputed(denoise, x: torch.Tensor, call: int, sigma: float, batch: Trajectories) -> torch.Tensor:
+    """denoise(x, call, sigma, batch), of which only x is kept for the backward pass."""
+    return checkpoint(denoise, x, call, sigma, batch, use_reentrant=False)

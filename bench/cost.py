@@ -36,6 +36,7 @@ from .peers import methods
 from .peers.lab import Lab
 
 TEACHER_SHARE = 0.4  # of what is left after the search
+BATCH, RATE = 24, 0.02  # few evaluations go further in small batches (docs/ablations.md)
 EPD, MOST, SAME = "EPD" + methods.ANALYTIC, 60_000, 1.01
 
 
@@ -45,12 +46,14 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--budgets", type=int, nargs="+", default=[15_000, 30_000, 60_000, 120_000, 300_000], help="network evaluations")
     parser.add_argument("--test", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=BATCH, help="of an optimiser step")
+    parser.add_argument("--rate", type=float, default=RATE, help="of the first one")
     told = parser.parse_args(arguments)
     folder = ROOT / "runs" / "bench" / f"cost-{name_of(weights_file(told.model))}-{told.cfg:g}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
     start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCHED)))
-    recipes = {budget: affordable(budget - spent, told.cfg) for budget in told.budgets}
+    recipes = {budget: replace(affordable(budget - spent, told.cfg, batch=told.batch), rate=told.rate) for budget in told.budgets}
     most = max(recipe.pictures for recipe in recipes.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
     grids = {steps: stage(folder, f"named-{steps}", named, seen, held_out, steps) for steps in (STEPS, STEPS + 1)}
@@ -60,7 +63,7 @@ def run(arguments: list[str]) -> dict:
     rows = {"plain, best named": plain, f"searched, {spent}": nrmse(ends_of(fresh, test, start), test.end)}
     errors, peer = {}, {}
     for budget, recipe in recipes.items():
-        made = stage(folder, f"table-{recipe.pictures}-{recipe.iterations}", train_embeddings, seen, recipe, start, pairs.part(slice(0, recipe.pictures)), held_out)
+        made = stage(folder, f"table-{recipe.pictures}-{recipe.iterations}-{told.batch}-{told.rate:g}", train_embeddings, seen, recipe, start, pairs.part(slice(0, recipe.pictures)), held_out)
         rows[f"{budget}: {recipe.pictures} pictures, {recipe.iterations} steps"] = nrmse(ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end)
         errors[budget] = list(rows.values())[-1]["pooled"]
         if budget <= MOST:
@@ -79,10 +82,10 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def affordable(budget: int, cfg: float, seed: int = 0) -> Recipe:
+def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH) -> Recipe:
     """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and the rates are found on them (with a backward), an optimiser step is a batch of
     the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
-    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), seed=seed)
+    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), batch=batch, rate=RATE, seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
     left = budget - pictures * teacher - 3 * min(SOLVED, pictures) * student

@@ -6,11 +6,11 @@ import time
 import comfy.samplers
 import torch
 
-from mteo.comfyui.patch import apply_embeddings
+from mteo.comfyui.sampling import applied
 from mteo.recipe import Recipe
 
 from .exactness import latent, table_of
-from .parts import named_grids, parts
+from .parts import Parts, named_grids, parts
 
 
 def run(arguments: list[str]) -> dict:
@@ -20,27 +20,38 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--space", default=Recipe().space, help="where the table acts")
     told = parser.parse_args(arguments)
-    own, shuffle = parts(5, 1, True, told.model), random.Random(0)
+    found = ratios_of(parts(5, 1, True, told.model), told.pairs, told.batch, told.space)
+    for key, what in (("", "MTEO ÷ plain"), ("named_", "MTEO with ComfyUI's Euler ÷ plain"), ("noise_", "plain ÷ plain")):
+        print(f"{what:36} {found[f'{key}ratio']:.4f} [{found[f'{key}low']:.4f}, {found[f'{key}high']:.4f}]")
+    return found
+
+
+def ratios_of(own: Parts, pairs: int, batch: int, space: str) -> dict[str, float]:
+    """Time of a sampling of three steps at cfg 4 with a table ÷ without: of a table that has a sampler of its own, as one whose rows were learned, or one that goes with ComfyUI's Euler ("named"); and
+    of without ÷ without ("noise")."""
+    shuffle = random.Random(0)
     with torch.inference_mode():
         sigmas, sampler = named_grids(own.model.get_model_object("model_sampling"), 3)["sgm_uniform"], comfy.samplers.sampler_object("euler")
-        patched, _ = apply_embeddings(own.model, table_of(own, "euler", sigmas, 0.1, told.space))
+        named, learned = (table_of(own, "euler", sigmas, 0.1, space) for _ in range(2))
+        learned.tables[3].learned = [learned.tables[3].tableau]
 
-        def seconds(model) -> float:
+        def seconds(model, sampler) -> float:
             latent(own, sampler, sigmas, 4.0, 1, model)  # neither ComfyUI's switch from one clone to another nor the check that a new schedule gets once is timed
             begin = time.perf_counter()
-            latent(own, sampler, sigmas, 4.0, told.batch, model)
+            latent(own, sampler, sigmas, 4.0, batch, model)
             return time.perf_counter() - begin
 
-        kinds = {"plain": own.model, "again": own.model, "mteo": patched}
-        for model in kinds.values():
-            seconds(model)
+        kinds = {"plain": (own.model, sampler), "again": (own.model, sampler), "mteo": applied(own.model, learned)[:2], "named": applied(own.model, named)[:2]}
+        for kind in kinds.values():
+            seconds(*kind)
         times = {name: [] for name in kinds}
-        for _ in range(told.pairs):
+        for _ in range(pairs):
             for name in shuffle.sample(list(kinds), len(kinds)):
-                times[name].append(seconds(kinds[name]))
-    ratio, noise = median_ratio(times["mteo"], times["plain"]), median_ratio(times["again"], times["plain"])
-    print(f"MTEO ÷ plain {ratio[0]:.4f} [{ratio[1]:.4f}, {ratio[2]:.4f}]; plain ÷ plain {noise[0]:.4f} [{noise[1]:.4f}, {noise[2]:.4f}]")
-    return {"ratio": ratio[0], "low": ratio[1], "high": ratio[2], "pairs": told.pairs, "noise_ratio": noise[0], "noise_low": noise[1], "noise_high": noise[2]}
+                times[name].append(seconds(*kinds[name]))
+    found = {"pairs": pairs}
+    for name, key in (("mteo", ""), ("named", "named_"), ("again", "noise_")):
+        found |= dict(zip((f"{key}ratio", f"{key}low", f"{key}high"), median_ratio(times[name], times["plain"]), strict=True))
+    return found
 
 
 def median_ratio(a: list[float], b: list[float]) -> tuple[float, float, float]:

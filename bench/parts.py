@@ -22,7 +22,8 @@ from trainer.comfyui import empty_latent, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-BATCH, TEACHER_STEPS = 64, 24
+BATCH = 512 if torch.cuda.is_available() else 64  # pictures that are evaluated together where nothing is learned
+TEACHER_STEPS = 24
 SHIFTS = (1.0, 1.7, 6.0)  # SD3's own is 3
 
 
@@ -36,12 +37,17 @@ class Parts:
     latent: torch.Tensor
 
     def session(self, work, embeddings: Embeddings | None = None):
-        """work(session), with a table on the model where one is given; gradients are on."""
+        """work(session), with a table on the model where one is given; gradients are on. Pictures are on the processor, whatever the network computes on."""
+
+        def on_processor(session):
+            session.keep_on(torch.device("cpu"))
+            return work(session)
+
         with training_mode():
             private = private_copy(self.model)
             if embeddings is not None:
                 private, _ = with_table(private, embeddings)
-            return run_session(private, self.positives, self.negative, self.latent, work)
+            return run_session(private, self.positives, self.negative, self.latent, on_processor)
 
 
 def parts(prompt_seed: int, count: int, unseen_pairs: bool, kind: str = "unet") -> Parts:

@@ -38,7 +38,7 @@ from .parts import (
 )
 from .peers import methods
 
-FREE, MTEO, EQUAL, GUIDED, SFD = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD"
+FREE, MTEO, EQUAL, GUIDED, SFD, LCM = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD", "LCM-LoRA"
 
 
 def run(arguments: list[str]) -> dict:
@@ -48,8 +48,10 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--budgets", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
     parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a peer's training takes, those of its teacher included; 0: no peers and no bound")
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer, and of the table at a peer's cost; SFD has one")
-    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
+    parser.add_argument("--lcm", type=int, default=300_000, help="those of LCM-LoRA, which changes them too; 0: without it")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer; a bound has one")
+    parser.add_argument("--best", type=int, default=1, help="trainings of the table at a peer's cost and of the three peers with the least error on held-out pairs, where that is more")
+    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; the bounds take three times as many")
     parser.add_argument("--cfg", type=float, help="this one alone, with a report of its own; also for a second process beside")
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--table", type=Path, help="default: the model's own")
@@ -78,7 +80,7 @@ def planned(told, cfgs) -> int:
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
-    trained = (len(methods.NAMES) * (told.peers * (told.seeds + 0.75) + told.seeds * STEPS * told.count) + 2 * told.seeds * (told.peers + STEPS * told.count) + told.bound + STEPS * told.count) if told.peers else 0
+    trained = ((len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)) * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + told.bound + told.lcm + 2 * STEPS * told.count) if told.peers else 0
     return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs))
 
 
@@ -97,8 +99,7 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
     if told.peers:
         plain = {steps: stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps) for steps in (STEPS, STEPS + 1)}
         sets |= bound_of(folder, own, seen, told, plain, pairs, cfg)
-        for seed in range(told.seeds):
-            sets |= peers_of(folder, own, seen, told, plain, pairs, cfg, seed)
+        sets |= peers_of(folder, own, seen, told, plain, pairs, cfg)
     sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
     if cfg != 1 and (file := guided_table_file(told.model)):
         guided = load_embeddings(file)
@@ -107,31 +108,54 @@ def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> 
 
 
 def bound_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[str, torch.Tensor]:
-    """Name -> end points of SFD with three evaluations; `plain`: errors of the named grids on validation pairs, by steps."""
-    held_out = stage(folder, f"peers-held-out-{cfg:g}-128", teacher_pairs, seen, 128, cfg, 2005)
+    """Name -> end points of SFD and LCM-LoRA with three evaluations or pairs; `plain`: errors of the named grids on validation pairs, by steps."""
+    held_out = held_out_of(folder, seen, cfg)
     sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
     through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
     bound = stage(folder, f"bound-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tune, seen, sigmas, through, held_out, told.bound, 0)
-    return {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tuned_ends, own, bound, pairs)}
+    sets = {}
+    if told.lcm:
+        updates = stage(folder, f"lcm-{cfg:g}-{told.lcm}-{told.pairs}-0", methods.low_rank, seen, through, told.lcm, 0)
+        sets[f"{LCM}, 3"] = stage(folder, f"lcm-ends-{cfg:g}-{told.lcm}-{told.pairs}-0", methods.low_rank_ends, own, updates, pairs)
+    return sets | {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tuned_ends, own, bound, pairs)}
 
 
-def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float, seed: int) -> dict[str, torch.Tensor]:
-    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, and of every peer; a seed above 0 is in the name, and takes the rate that seed 0 found."""
-    kept = lambda name, make, *arguments: stage(folder, f"{name}-{seed}", make, *arguments)
-    train, held_out = (stage(folder, f"peers-{name}-{cfg:g}-{count}", teacher_pairs, seen, count, cfg, stream) for name, count, stream in (("train", told.pairs, 2004), ("held-out", 128, 2005)))
-    sets, end = {}, f", {STEPS}" + (f", seed {seed}" if seed else "")
+def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[str, torch.Tensor]:
+    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, and of every peer; a seed above 0 is in the name."""
+    sets, more = {}, max(told.seeds, told.best)
+    end = lambda seed: f", {STEPS}" + (f", seed {seed}" if seed else "")
     for analytic in ("", methods.ANALYTIC):
-        start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))
-        recipe = affordable(told.peers - spent, cfg, seed)
-        of_table = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
-        equal = kept(f"equal{analytic}-{cfg:g}-{told.peers}", train_embeddings, seen, recipe, start, of_table, held_out)
-        sets[f"{EQUAL}{analytic}{end}"] = kept(f"equal-ends{analytic}-{cfg:g}-{told.peers}", ends_of, own, pairs, equal.tables[STEPS].tableau_at(cfg), equal)
-    for name in methods.NAMES if seed == 0 else [name for name in methods.NAMES if name not in methods.SURE]:
-        peer = f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}"
-        rate = torch.load(folder / f"{peer}-0.pt")["rate"] if seed else None
-        trained = kept(peer, methods.train, seen, name, train, held_out, plain, told.peers, seed, rate)
-        sets[f"{name}{end}"] = kept(f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}", methods.ends_of, own, name, trained, pairs)
+        for seed in range(more):
+            table = equal_of(folder, seen, told, cfg, analytic, seed)
+            sets[f"{EQUAL}{analytic}{end(seed)}"] = stage(folder, f"equal-ends{analytic}-{cfg:g}-{told.peers}-{seed}", ends_of, own, pairs, table.tables[STEPS].tableau_at(cfg), table)
+    drawn = [name for name in methods.NAMES if name not in methods.SURE]
+    best = sorted(drawn, key=lambda name: peer_of(folder, seen, told, plain, cfg, name, 0)["error"])[:3]
+    for name in methods.NAMES:
+        for seed in range((more if name in best else told.seeds) if name in drawn else 1):
+            peer = peer_of(folder, seen, told, plain, cfg, name, seed)
+            sets[f"{name}{end(seed)}"] = stage(folder, f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.ends_of, own, name, peer, pairs)
     return sets
+
+
+def equal_of(folder: Path, seen, told, cfg: float, analytic: str, seed: int):
+    """A table that takes as many evaluations to make as a peer, its search included."""
+    held_out = held_out_of(folder, seen, cfg)
+    start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))
+    recipe = affordable(told.peers - spent, cfg, seed)
+    pairs = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
+    return stage(folder, f"equal{analytic}-{cfg:g}-{told.peers}-{seed}", train_embeddings, seen, recipe, start, pairs, held_out)
+
+
+def peer_of(folder: Path, seen, told, plain, cfg: float, name: str, seed: int) -> dict:
+    """A trained peer; a seed above 0 takes the rate that seed 0 found."""
+    train = stage(folder, f"peers-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, told.pairs, cfg, 2004)
+    rate = peer_of(folder, seen, told, plain, cfg, name, 0)["rate"] if seed else None
+    return stage(folder, f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.train, seen, name, train, held_out_of(folder, seen, cfg), plain, told.peers, seed, rate)
+
+
+def held_out_of(folder: Path, seen, cfg: float):
+    """The pairs that trainings are stopped by."""
+    return stage(folder, f"peers-held-out-{cfg:g}-128", teacher_pairs, seen, 128, cfg, 2005)
 
 
 def intervals_of(judge: Judge, sets: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
@@ -208,7 +232,7 @@ def plot(result: dict, path: Path) -> None:
     for line, (cfg, rows) in zip(axes, shown.items(), strict=True):
         for axis, (measure, floor, label) in zip(line, (("fd", result[cfg]["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")), strict=True):
             values = {name: max(row[measure] - floor, 1e-4) for name, row in sorted(rows.items(), key=lambda entry: -entry[1][measure])}
-            colours = ["tab:red" if name.startswith("MTEO") else "black" if name == SFD else "tab:blue" for name in values]
+            colours = ["tab:red" if name.startswith("MTEO") else "black" if name in (SFD, LCM) else "tab:blue" for name in values]
             axis.scatter(list(values.values()), list(values), c=colours, zorder=2)
             more = [name for name in result[cfg] if name.startswith("plain ") and name != FREE and not name.startswith(f"plain {STEPS}, ")]
             for number, name in enumerate(more):

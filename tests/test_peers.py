@@ -76,6 +76,31 @@ def test_fine_tuning_changes_a_private_copy_only(pairs):
     assert all(torch.equal(value, before[name]) for name, value in own.model.model.diffusion_model.state_dict().items())
 
 
+def test_low_rank_updates_start_as_the_plain_answer_to_the_prompt_alone(pairs):
+    """Whatever the pairs' cfg, one evaluation a step; what is trained makes the teacher's next state end where the student ends, and leaves the weights."""
+    from bench.peers import lcm
+    from bench.peers.lab import Lab
+
+    own, train, held_out = pairs
+    guided = replace(held_out, guidance=torch.full_like(held_out.guidance, 4.0))
+
+    def work(session):
+        lab, before = Lab(session), {name: value.clone() for name, value in session.network.state_dict().items()}
+        zero, sigmas = lcm.parameters_of(session.network), [lab.sigma_max, 3.0, 0.0]
+        sample = lambda values, grid=sigmas: lcm.sample(lab, grid, values, guided, guided.start, torch.Generator().manual_seed(0))
+        end = sample(zero, [lab.sigma_max, 0.0])
+        with torch.no_grad():  # without a gradient attention is another kernel
+            assert end.equal(lab.denoise(guided.start, torch.full((16,), lab.sigma_max), held_out))
+        lab.spent = 0
+        assert sample(zero).isfinite().all() and lab.spent == 2 * len(guided)
+        made = lcm.train(lab, replace(train, guidance=guided.guidance[: len(train)]), 800, 0, batch=8)
+        assert set(made) == set(zero) and all(made[name].abs().max() > 0 for name in made if name.endswith(".up"))
+        assert not sample(made).allclose(sample(zero))
+        assert all(torch.equal(value, before[name]) for name, value in session.network.state_dict().items())
+
+    own.session(work)
+
+
 def test_the_shortest_path_weighs_later_steps_more():
     from bench.peers.gits import shortest_path
 

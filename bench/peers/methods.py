@@ -1,6 +1,6 @@
 """Every peer by its name: how it samples with three evaluations, what it learns, and its training within a budget of evaluations.
 
-SFD is no peer but a bound, as it changes the weights; it has its own training and more evaluations.
+SFD and LCM-LoRA are no peers but bounds, as they change the weights; they have their own training and more evaluations.
 """
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +12,7 @@ from mteo.teacher import Trajectories
 
 from ..heldout import STEPS
 from ..parts import TEACHER_STEPS, named_grids, solver_tableau
-from . import amed, coefficients, gits, parallel, pas, sfd, v3
+from . import amed, coefficients, gits, lcm, parallel, pas, sfd, v3
 from .lab import Lab, branches
 from .training import fit, in_batches
 
@@ -117,5 +117,25 @@ def fine_tuned_ends(own, trained: dict, pairs: Trajectories) -> torch.Tensor:
     def work(session):
         session.network.load_state_dict(trained["weights"], strict=False)
         return in_batches(pairs, lambda part: sfd.sample(Lab(session), trained["sigmas"], part, part.start))
+
+    return own.session(work)
+
+
+def low_rank(own, pairs: Trajectories, budget: int, seed: int) -> dict:
+    """LCM-LoRA: {"updates", "spent"}, as `train`."""
+
+    def work(session):
+        lab = Lab(session)
+        return dict(updates=lcm.train(lab, pairs, budget - teacher_cost(pairs), seed), spent=lab.spent + teacher_cost(pairs))
+
+    return own.session(work)
+
+
+def low_rank_ends(own, trained: dict, pairs: Trajectories) -> torch.Tensor:
+    """End points of the pairs' starts by as many evaluations as three steps of the others take: six steps where guidance takes a pair."""
+
+    def work(session):
+        sigmas, generator = named_grids(session.sampling, STEPS * branches(pairs))["sgm_uniform"].tolist(), torch.Generator().manual_seed(0)
+        return in_batches(pairs, lambda part: lcm.sample(Lab(session), sigmas, trained["updates"], part, part.start, generator))
 
     return own.session(work)

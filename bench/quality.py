@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mteo.comfyui.patch import choose_table
-from mteo.embeddings import load_embeddings
+from mteo.embeddings import Embeddings, load_embeddings
 from mteo.gridsearch import LEVELS, ROUNDS, SEARCHED
 from mteo.metrics import per_picture
 from reference.objects import weights_file
@@ -137,7 +137,7 @@ def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[st
     return sets
 
 
-def equal_of(folder: Path, seen, told, cfg: float, analytic: str, seed: int):
+def equal_of(folder: Path, seen, told, cfg: float, analytic: str, seed: int) -> Embeddings:
     """A table that takes as many evaluations to make as a peer, its search included."""
     held_out = held_out_of(folder, seen, cfg)
     start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))

@@ -27,8 +27,8 @@ class Folded:
 
     @property
     def current(self) -> bool:
-        """Whether the modules still hold the weights that this was made of."""
-        return all(parameters[name] is own for parameters, name, _, own in self.rows[0])
+        """Whether the modules still hold the weights that this was made of, and read them."""
+        return all(parameters[name] is own for parameters, name, _, own in self.rows[0]) and not any(map(changed_on_its_way, self.modules))
 
     @contextmanager
     def row(self, row: int):
@@ -43,11 +43,17 @@ class Folded:
 
 
 def foldable(modules: list[torch.nn.Module]) -> bool:
-    """Whether a forward of these modules reads the weight that they hold, as it is: not one that ComfyUI streams to the card, or patches or unpacks on its way."""
+    """Whether a forward of these modules reads the weight that they hold, as it is, and all are of one kind."""
     kinds = set()
     for module in modules:
         weight = module._parameters.get("weight")
-        if weight is None or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or hasattr(module, "_v") or getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+        if weight is None or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16) or changed_on_its_way(module):
             return False
         kinds |= {(value.dtype, value.device) for value in module._parameters.values() if value is not None}
     return len(kinds) == 1
+
+
+def changed_on_its_way(module: torch.nn.Module) -> bool:
+    """Whether ComfyUI streams the module's weight to the card, or puts a LoRA on it when it is read."""
+    own = module.__dict__
+    return "_v" in own or bool(own.get("weight_function") or own.get("bias_function"))

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> dict:
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
     start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCHED)))
-    recipes = {budget: replace(affordable(budget - spent, told.cfg, batch=told.batch), rate=told.rate) for budget in told.budgets}
+    recipes = {budget: affordable(budget - spent, told.cfg, batch=told.batch, rate=told.rate) for budget in told.budgets}
     most = max(recipe.pictures for recipe in recipes.values())
     pairs = stage(folder, f"train-{most}", teacher_pairs, seen, most, told.cfg, 1)
     grids = {steps: stage(folder, f"named-{steps}", named, seen, held_out, steps) for steps in (STEPS, STEPS + 1)}
@@ -82,10 +82,10 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH) -> Recipe:
+def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate: float = RATE) -> Recipe:
     """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and the rates are found on them (with a backward), an optimiser step is a batch of
     the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
-    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), batch=batch, rate=RATE, seed=seed)
+    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), batch=batch, rate=rate, seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
     left = budget - pictures * teacher - 3 * min(SOLVED, pictures) * student

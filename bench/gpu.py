@@ -5,7 +5,6 @@ The weights are random, as neither depends on what is drawn; the latents are 64 
 import argparse
 import time
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models

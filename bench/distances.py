@@ -38,7 +38,7 @@ def precision_recall(a: torch.Tensor, b: torch.Tensor, neighbours: int = 3) -> t
 def pyramid(pictures: torch.Tensor, smallest: int = 16) -> list[torch.Tensor]:
     """Laplacian pyramid (Burt & Adelson 1983): details of each size, the smallest picture last."""
     tap = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=pictures.dtype) / 16
-    kernel = (tap[:, None] * tap).expand(pictures.shape[1], 1, 5, 5)
+    kernel = (tap[:, None] * tap).expand(pictures.shape[1], 1, 5, 5).to(pictures.device)
     blur = lambda x, weight: F.conv2d(F.pad(x, (2, 2, 2, 2), mode="reflect"), weight, groups=x.shape[1])
     levels = []
     while pictures.shape[-1] > smallest:
@@ -52,9 +52,9 @@ def pyramid(pictures: torch.Tensor, smallest: int = 16) -> list[torch.Tensor]:
 
 def random_patches(pictures: torch.Tensor, count: int, side: int, generator: torch.Generator) -> torch.Tensor:
     """[N · count, side, side, C], `count` of each picture [N, C, H, W]."""
-    row, column = (torch.randint(size - side + 1, (len(pictures), count, 1, 1), generator=generator) for size in pictures.shape[2:])
-    step = torch.arange(side)
-    return pictures[torch.arange(len(pictures)).view(-1, 1, 1, 1), :, row + step[:, None], column + step].flatten(0, 1)
+    row, column = (torch.randint(size - side + 1, (len(pictures), count, 1, 1), generator=generator).to(pictures.device) for size in pictures.shape[2:])
+    step = torch.arange(side, device=pictures.device)
+    return pictures[torch.arange(len(pictures), device=pictures.device).view(-1, 1, 1, 1), :, row + step[:, None], column + step].flatten(0, 1)
 
 
 def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, seed: int = 0, patches: int = 16, side: int = 7, directions: int = 256) -> list[float]:
@@ -65,7 +65,7 @@ def sliced_wasserstein(a: torch.Tensor, b: torch.Tensor, seed: int = 0, patches:
         x, y = random_patches(one, patches, side, generator), random_patches(two, patches, side, generator)
         mean, spread = y.mean((0, 1, 2)), y.std((0, 1, 2))
         x, y = ((x - mean) / spread).flatten(1), ((y - mean) / spread).flatten(1)
-        way = F.normalize(torch.randn(x.shape[1], directions, generator=generator, dtype=torch.float64), dim=0)
+        way = F.normalize(torch.randn(x.shape[1], directions, generator=generator, dtype=torch.float64), dim=0).to(x)
         distances.append(float(((x @ way).sort(0).values - (y @ way).sort(0).values).abs().mean()))
     return distances
 

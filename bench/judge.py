@@ -1,13 +1,25 @@
 """What a set of pictures of the reference model is measured by: errors to the teacher of the same noise, distances to its pictures of other noise."""
+from dataclasses import dataclass
+
+import comfy.model_management
 import torch
 
-from mteo.metrics import nrmse
+from mteo.metrics import nrmse, per_picture
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
+from .intervals import Made
 
 SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
+
+
+@dataclass
+class Judged:
+    """What is kept of a set: its measures, and what their intervals are drawn from."""
+
+    row: dict[str, float]
+    made: Made
 
 
 class Judge:
@@ -15,17 +27,20 @@ class Judge:
 
     def __init__(self, kind: str, prompts: int):
         numbers = vae_numbers(kind)
+        self.device = comfy.model_management.get_torch_device()
         self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
         sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
         self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
-        real = torch.cat([self.pooled(gate.real(500, sprites, self.vae, numbers, generator)[1]) for _ in range(20)])
+        scenes_made = [gate.real(500, sprites, self.vae, numbers, generator)[1] for _ in range(20)]
+        self.classifier, self.vae = self.classifier.to(self.device), self.vae.to(self.device)
+        real = self.pooled(torch.cat(scenes_made).to(self.device))
         self.middle = real.mean(0)
         variances, axes = torch.linalg.eigh(torch.cov(real.T))
         self.axes = axes[:, -FEATURES:] / variances[-FEATURES:].mean().sqrt()
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """What the classifier's last layer reads [N, width], float64."""
+        """What the classifier's last layer reads [N, width], float64; on the judge's device, as everything here but what `judged` keeps."""
         kept = []
         handle = self.classifier.last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].double()))
         with torch.no_grad():
@@ -48,13 +63,19 @@ class Judge:
 
     def against(self, same: torch.Tensor, other: torch.Tensor) -> None:
         """From now on sets are compared with these of the teacher: of the same noise, and of other noise."""
-        self.same, self.other = same, dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
+        self.same, other = same.to(self.device), other.to(self.device)
+        self.other = dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
+
+    def judged(self, ends: torch.Tensor) -> Judged:
+        """All of a set on any device; on the processor, the features in float32."""
+        return Judged(self(ends), Made(self.features(ends.to(self.device)).float().cpu(), per_picture(ends, self.same.cpu()).square()))
 
     def __call__(self, made: torch.Tensor) -> dict[str, float]:
-        features, pictures, other = self.features(made), self.pictures(made), self.other
+        made, other = made.to(self.device), self.other
+        features, pictures = self.features(made), self.pictures(made)
         precision, recall = precision_recall(features, other["features"])
         wasserstein = sliced_wasserstein(pictures, other["pictures"])
         return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(
             fd=frechet(features, other["features"]) / FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
             precision=precision, recall=recall, diversity=self.by_prompt(made) / other["diversity"], spectrum=spectrum_gap(pictures, other["pictures"]),
-            accuracy=gate.recognised(self.classifier, made, self.names)["recall"])
+            accuracy=gate.recognised(self.classifier, made, self.names.to(self.device))["recall"])

@@ -77,11 +77,6 @@ def name_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
 
-def name_of_tensor(values: torch.Tensor) -> str:
-    """As `name_of`."""
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:12]
-
-
 def write_result(name: str, value: dict) -> None:
     """bench/results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)

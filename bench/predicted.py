@@ -1,4 +1,4 @@
-"""Does `trainer diagnose` say before a training what it will give? The share of the squared error, of what the searched σ and coefficients leave, that it says offsets remove, and that a trained table removed, at several numbers of steps."""
+"""Does `trainer diagnose` say before a training what it will give? The share of the squared error, of what the searched σ and coefficients leave, that it says offsets and coefficients remove, and that a trained table removed, at several numbers of steps."""
 import argparse
 
 from mteo.comfyui.diagnosis import diagnose_model

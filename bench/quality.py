@@ -9,36 +9,15 @@ from pathlib import Path
 
 import torch
 
-from mteo.comfyui.patch import choose_table
-from mteo.embeddings import Embeddings, load_embeddings
-from mteo.gridsearch import LEVELS, ROUNDS, SEARCHED
-from mteo.metrics import per_picture
+from mteo.gridsearch import LEVELS, ROUNDS
 from reference.objects import weights_file
 
-from .cost import affordable, searched
-from .heldout import CFGS, SOLVERS, STEPS, TRIALS, best_named, free_rival, named
-from .intervals import Made, largest_ratios
-from .judge import SEEDS, Judge
-from .parts import (
-    RESULTS,
-    ROOT,
-    TEACHER_STEPS,
-    ends_of,
-    guided_table_file,
-    name_of,
-    name_of_tensor,
-    named_grids,
-    parts,
-    solver_tableau,
-    stage,
-    table_file,
-    teacher_pairs,
-    train_embeddings,
-    write_result,
-)
+from .heldout import CFGS, SOLVERS, STEPS, TRIALS
+from .intervals import largest_ratios
+from .judge import SEEDS, Judge, Judged
+from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, table_file, write_result
 from .peers import methods
-
-FREE, MTEO, EQUAL, GUIDED, SFD, LCM = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD", "LCM-LoRA"
+from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways
 
 
 def run(arguments: list[str]) -> dict:
@@ -62,12 +41,11 @@ def run(arguments: list[str]) -> dict:
     own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
     print(f"[bench] at most {planned(told, cfgs):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
-    judge, embeddings, result, intervals = Judge(told.model, told.count // SEEDS), load_embeddings(told.table), {}, {}
+    judge, result, intervals = Judge(told.model, told.count // SEEDS), {}, {}
     for cfg in cfgs:
-        sets = made_by(folder, own, choosing, seen, told, embeddings, cfg)
-        judge.against(sets["teacher"], sets.pop("teacher, other noise"))
-        result[f"cfg {cfg:g}"] = {name: stage(folder, f"judged-{cfg:g}-{name_of_tensor(ends)}", judge, ends) for name, ends in sets.items()}
-        intervals[f"cfg {cfg:g}"] = intervals_of(judge, sets) if told.peers else {}
+        sets = Ways(folder, told, cfg, judge, own, choosing, seen).sets()
+        result[f"cfg {cfg:g}"] = {name: judged.row for name, judged in sets.items()}
+        intervals[f"cfg {cfg:g}"] = intervals_of(sets, judge.other["features"].cpu()) if told.peers else {}
     show(result)
     summary, name = keys_of(result, intervals, told.budgets), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
     write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
@@ -84,86 +62,12 @@ def planned(told, cfgs) -> int:
     return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs))
 
 
-def made_by(folder: Path, own, choosing, seen, told, embeddings, cfg: float) -> dict[str, torch.Tensor]:
-    """Name -> end points [count, ...]; all but "teacher, other noise" from the same noise."""
-    pairs = stage(folder, f"teacher-{cfg:g}", teacher_pairs, own, told.count, cfg, 2001)
-    other = stage(folder, f"teacher-other-{cfg:g}", teacher_pairs, own, told.count, cfg, 2002)
-    validation = stage(folder, f"validation-{cfg:g}", teacher_pairs, choosing, told.validation, cfg, 2003)
-    sets, sampling = {"teacher": pairs.end, "teacher, other noise": other.end}, own.model.get_model_object("model_sampling")
-    for steps in told.budgets:
-        solver, grid = best_named(stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps))
-        tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
-        sets[f"plain {steps}, {solver}/{grid}"] = stage(folder, f"plain-{steps}-{cfg:g}", ends_of, own, pairs, tableau)
-    free = stage(folder, f"free-{cfg:g}", free_rival, choosing, validation, min(64, told.validation))["grid, all rows"]
-    sets[FREE] = stage(folder, f"plain-free-{cfg:g}", ends_of, own, pairs, free)
-    if told.peers:
-        plain = {steps: stage(folder, f"named-{steps}-{cfg:g}", named, choosing, validation, steps) for steps in (STEPS, STEPS + 1)}
-        sets |= bound_of(folder, own, seen, told, plain, pairs, cfg)
-        sets |= peers_of(folder, own, seen, told, plain, pairs, cfg)
-    sets[MTEO] = stage(folder, f"mteo-{cfg:g}-{name_of(told.table)}", ends_of, own, pairs, embeddings.tables[STEPS].tableau_at(cfg), embeddings)
-    if cfg != 1 and (file := guided_table_file(told.model)):
-        guided = load_embeddings(file)
-        sets[GUIDED] = stage(folder, f"guided-{cfg:g}-{name_of(file)}", ends_of, own, pairs, choose_table(guided, 0).tableau_at(cfg), guided)
-    return sets
-
-
-def bound_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[str, torch.Tensor]:
-    """Name -> end points of SFD and LCM-LoRA with three evaluations or pairs; `plain`: errors of the named grids on validation pairs, by steps."""
-    held_out = held_out_of(folder, seen, cfg)
-    sigmas = methods.start_grid(seen.model.get_model_object("model_sampling"), SFD, plain)
-    through = stage(folder, f"bound-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, 3 * told.pairs, cfg, 2006, TEACHER_STEPS, tuple(sigmas))
-    bound = stage(folder, f"bound-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tune, seen, sigmas, through, held_out, told.bound, 0)
-    sets = {}
-    if told.lcm:
-        updates = stage(folder, f"lcm-{cfg:g}-{told.lcm}-{told.pairs}-0", methods.low_rank, seen, through, told.lcm, 0)
-        sets[f"{LCM}, 3"] = stage(folder, f"lcm-ends-{cfg:g}-{told.lcm}-{told.pairs}-0", methods.low_rank_ends, own, updates, pairs)
-    return sets | {f"{SFD}, 3": stage(folder, f"bound-ends-{cfg:g}-{told.bound}-{told.pairs}-0", methods.fine_tuned_ends, own, bound, pairs)}
-
-
-def peers_of(folder: Path, own, seen, told, plain, pairs, cfg: float) -> dict[str, torch.Tensor]:
-    """Name -> end points with three evaluations of tables that took as many evaluations to make as each peer, and of every peer; a seed above 0 is in the name."""
-    sets, more = {}, max(told.seeds, told.best)
-    end = lambda seed: f", {STEPS}" + (f", seed {seed}" if seed else "")
-    for analytic in ("", methods.ANALYTIC):
-        for seed in range(more):
-            table = equal_of(folder, seen, told, cfg, analytic, seed)
-            sets[f"{EQUAL}{analytic}{end(seed)}"] = stage(folder, f"equal-ends{analytic}-{cfg:g}-{told.peers}-{seed}", ends_of, own, pairs, table.tables[STEPS].tableau_at(cfg), table)
-    drawn = [name for name in methods.NAMES if name not in methods.SURE]
-    best = sorted(drawn, key=lambda name: peer_of(folder, seen, told, plain, cfg, name, 0)["error"])[:3]
-    for name in methods.NAMES:
-        for seed in range((more if name in best else told.seeds) if name in drawn else 1):
-            peer = peer_of(folder, seen, told, plain, cfg, name, seed)
-            sets[f"{name}{end(seed)}"] = stage(folder, f"peer-ends-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.ends_of, own, name, peer, pairs)
-    return sets
-
-
-def equal_of(folder: Path, seen, told, cfg: float, analytic: str, seed: int) -> Embeddings:
-    """A table that takes as many evaluations to make as a peer, its search included."""
-    held_out = held_out_of(folder, seen, cfg)
-    start, spent = stage(folder, f"peers-start{analytic}-{cfg:g}", searched, seen, held_out.part(slice(0, SEARCHED)), bool(analytic))
-    recipe = affordable(told.peers - spent, cfg, seed)
-    pairs = stage(folder, f"peers-table-{cfg:g}-{recipe.pictures}", teacher_pairs, seen, recipe.pictures, cfg, 2007)
-    return stage(folder, f"equal{analytic}-{cfg:g}-{told.peers}-{seed}", train_embeddings, seen, recipe, start, pairs, held_out)
-
-
-def peer_of(folder: Path, seen, told, plain, cfg: float, name: str, seed: int) -> dict:
-    """A trained peer; a seed above 0 takes the rate that seed 0 found."""
-    train = stage(folder, f"peers-train-{cfg:g}-{told.pairs}", teacher_pairs, seen, told.pairs, cfg, 2004)
-    rate = peer_of(folder, seen, told, plain, cfg, name, 0)["rate"] if seed else None
-    return stage(folder, f"peer-{name}-{cfg:g}-{told.peers}-{told.pairs}-{seed}", methods.train, seen, name, train, held_out_of(folder, seen, cfg), plain, told.peers, seed, rate)
-
-
-def held_out_of(folder: Path, seen, cfg: float):
-    """The pairs that trainings are stopped by."""
-    return stage(folder, f"peers-held-out-{cfg:g}-128", teacher_pairs, seen, 128, cfg, 2005)
-
-
-def intervals_of(judge: Judge, sets: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
-    """Key of `keys_of` -> 95 % interval of the largest ratio of a table at a peer's cost to a peer."""
-    made = lambda name: [Made(judge.features(sets[one]), per_picture(sets[one], judge.same).square()) for one in seeds_of(sets, name)]
+def intervals_of(sets: dict[str, Judged], other: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Key of `keys_of` -> 95 % interval of the largest ratio of a table at a peer's cost to a peer; other: the teacher's features."""
+    made = lambda name: [sets[one].made for one in seeds_of(sets, name)]
     found = {}
     for analytic in ("", methods.ANALYTIC):
-        largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(analytic)], judge.other["features"])
+        largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(analytic)], other)
         found |= {f"vs_peers_{measure}{analytic.replace(', ', '_')}": interval for measure, interval in largest.items()}
     return found
 

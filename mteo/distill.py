@@ -72,6 +72,12 @@ def load_state(path: Path) -> State | None:
         raise MTEOError(f"The training state {Path(path).name} cannot be read: delete it to train from the start.") from error
 
 
+def rows_of(recipe: Recipe, tableau: Tableau) -> dict[str, torch.Tensor]:
+    """{ROWS: a correction of 0} where the recipe learns of the solver's coefficients, on the processor, as the solver is."""
+    calls = len(tableau.sigmas)
+    return {} if recipe.rows == "solver" else {ROWS: torch.zeros(calls if recipe.rows == "all" else 1, calls + 1)}
+
+
 def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
     """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 … D_{j−1}."""
     calls = len(tableau.sigmas)
@@ -112,8 +118,7 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
     """
     calls, spread = len(tableau.sigmas), float(train.end.cpu().double().std())
     parameters = {path: value.requires_grad_(True) for path, value in offsets.items()}
-    if recipe.rows != "solver":
-        parameters[ROWS] = torch.zeros(calls if recipe.rows == "all" else 1, calls + 1, requires_grad=True)  # on the processor, as the solver is
+    parameters |= {name: value.requires_grad_(True) for name, value in rows_of(recipe, tableau).items()}
     state = state or fresh_state(parameters, recipe)
     state.go_beside(parameters)
     generator = torch.Generator()

@@ -32,6 +32,15 @@ def test_the_share_of_the_offsets_is_that_of_weighted_least_squares():
     assert share.sites["dead"] == 0 and sum(share.sites.values()) == pytest.approx(1) and share.sites["a"] > share.sites["b"] > 0
 
 
+def test_offsets_that_lie_beyond_a_straight_line_are_found_and_counted_as_they_are():
+    ends, offsets, plain, jacobian, target = linear()
+    bent = lambda part, own: plain[part] + torch.sinh(2 * (ends(part, own) - plain[part])) / 2
+    target = bent(torch.arange(PICTURES), {"a": torch.tensor([[1.0, -0.5]]), "b": torch.tensor([[0.25]]), "dead": torch.zeros(1, 2)})
+    straight, found = (offsets_share(bent, offsets, target, rounds=rounds, iterations=3) for rounds in (1, 12))
+    assert found.share == sorted(found.share) and len(straight.share) == 1
+    assert straight.best < 0.9 and found.best > 0.999
+
+
 def test_what_differs_from_picture_to_picture_is_not_promised():
     ends, offsets, *_, target = linear(common=0.0)
     assert offsets_share(ends, offsets, target, iterations=3).best < 0.05

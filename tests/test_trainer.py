@@ -105,6 +105,6 @@ def test_diagnose_says_what_can_be_gained_and_what_a_table_gained(done):
     place, _ = done
     told = trainer("diagnose", place / "run.toml", "--trajectories", 8, "--table", place / "run" / "table.safetensors")
     assert told.returncode == 0, told.stderr[-3000:]
-    for said in ("cfg 1:", "cfg 4:", "plain euler, sgm_uniform", "offsets remove at least", "middle_block.0.emb_layers.1", "the table: error", "at sigma 0"):
+    for said in ("cfg 1:", "cfg 4:", "plain euler, sgm_uniform", "remove at least", "middle_block.0.emb_layers.1", "the table: error", "at sigma 0"):
         assert said in told.stdout
     assert "nan" not in told.stdout

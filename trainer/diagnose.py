@@ -38,7 +38,7 @@ def lines_of(diagnosis) -> list[str]:
     """Lines of text."""
     lines = [f"cfg {diagnosis.cfg:g}: error of {len(diagnosis.errors)} ways (0 = the teacher's picture; the teacher against twice its steps: {diagnosis.teacher:.4f})"]
     lines += [f"  {error:.4f}  {name}" for name, error in diagnosis.errors.items()]
-    lines.append(f"  offsets remove at least {max(diagnosis.offsets, 0):.0%} of the squared error that the other rows leave; by layer:")
+    lines.append(f"  offsets, and coefficients where they are learned, remove at least {diagnosis.offsets:.0%} of the squared error that the plain ways leave; of that, by layer:")
     lines += [f"  {share:6.1%}  {site}" for site, share in sorted(diagnosis.sites.items(), key=lambda entry: -entry[1])]
     if diagnosis.table is not None:
         lines.append(f"  the table: error {diagnosis.table:.4f}, it removed {diagnosis.achieved:.0%}")

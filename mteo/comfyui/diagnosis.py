@@ -6,6 +6,7 @@ import comfy.samplers
 import torch
 
 from ..diagnose import offsets_share, row_error
+from ..distill import ROWS, corrected, rows_of
 from ..embeddings import Embeddings
 from ..errors import MTEOError
 from ..gridsearch import Plain, no_progress, search_grid
@@ -25,7 +26,8 @@ class Diagnosis:
     """Of one cfg value. Errors are RMSE ÷ the teacher's spread (0 = the teacher's picture), shares of the squared error (1 = all of it).
 
     teacher: the teacher's own error against twice its steps. errors: the plain solver on a named grid, with a solved last row, on the searched grid too (where the
-    recipe asks for one), and with the best offsets to first order. offsets: the share that these remove; sites: how much of it each layer gives (sum 1).
+    recipe asks for one), and with the best offsets and, where the recipe learns them, coefficients. offsets: the share that these remove; sites: how much of it each layer gives, and the
+    coefficients (sum 1).
     With a table: achieved = the share that it removed, table = its error, states = error of its states at each inner σ and at the end, bands = its end error by
     frequency ÷ the teacher's energy there, low to high."""
 
@@ -51,9 +53,9 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
             pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
             table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided_rows)
             patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
-            share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, t, q, progress))
+            share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, recipe, t, q, progress))
             last = list(own["errors"].values())[-1]
-            own["errors"]["and offsets, to first order"] = last * (1 - max(share.best, 0.0)) ** 0.5
+            own["errors"]["and the best offsets"] = last * (1 - share.best) ** 0.5
             diagnosis = Diagnosis(cfg, own["teacher"], own["errors"], share.best, share.sites)
             if embeddings is not None:
                 patched, patch = with_table(private, embeddings, recipe.steps)
@@ -85,13 +87,13 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     return pairs, tableau, dict(sigmas=sigmas, errors=errors, teacher=nrmse(few.end, finer)["pooled"])
 
 
-def of_offsets(session: Session, patch, tableau: Tableau, pairs: Trajectories, progress):
-    def ends(part: torch.Tensor, offsets: dict[str, torch.Tensor]) -> torch.Tensor:
-        patch.offsets.replace(offsets)
+def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs: Trajectories, progress):
+    def ends(part: torch.Tensor, learned: dict[str, torch.Tensor]) -> torch.Tensor:
+        patch.offsets.replace({path: value for path, value in learned.items() if path != ROWS})
         own = pairs.part(part)
-        return execute(tableau, partial(denoise_of(session, patch.table.alone), batch=own), own.start)
+        return execute(corrected(tableau, learned), partial(denoise_of(session, patch.table.alone), batch=own), own.start)
 
-    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()}
+    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | rows_of(recipe, tableau)
     return offsets_share(ends, zero, pairs.end, progress=progress)
 
 

@@ -1,0 +1,148 @@
+"""Every way of sampling that `bench quality` compares, for one model and cfg: trained once, its set of pictures judged once. Of a set its measures are kept, not its pictures."""
+from functools import cached_property, partial
+from pathlib import Path
+
+from mteo.comfyui.patch import choose_table
+from mteo.embeddings import Embeddings, load_embeddings
+from mteo.gridsearch import SEARCHED
+from mteo.recipe import Recipe
+from mteo.tableau import Tableau
+from mteo.teacher import Trajectories
+
+from .cost import affordable, searched
+from .heldout import STEPS, best_named, free_rival, named
+from .judge import Judge, Judged
+from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_grids, solver_tableau, stage, teacher_pairs, train_embeddings
+from .peers import methods
+
+TEACHER = "teacher"
+FREE, MTEO, EQUAL, GUIDED, SFD, LCM = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD", "LCM-LoRA"
+
+
+def seeded(name: str, seed: int) -> str:
+    """What a row is called."""
+    return f"{name}, {STEPS}" + (f", seed {seed}" if seed else "")
+
+
+class Ways:
+    """Stages of one cfg in a folder; told: the bench's arguments."""
+
+    def __init__(self, folder: Path, told, cfg: float, judge: Judge, own, choosing, seen):
+        self.folder, self.told, self.cfg, self.judge = folder, told, cfg, judge
+        self.own, self.choosing, self.seen = own, choosing, seen
+        judge.against(self.pairs.end, self._pairs("teacher-other", own, told.count, 2002).end)
+
+    def _pairs(self, name: str, of, count: int, seed: int, *more) -> Trajectories:
+        return stage(self.folder, f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed, *more)
+
+    pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
+    validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
+    train = cached_property(lambda self: stage(self.folder, f"peers-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, self.told.pairs, self.cfg, 2004))
+    held_out = cached_property(lambda self: stage(self.folder, f"peers-held-out-{self.cfg:g}-128", teacher_pairs, self.seen, 128, self.cfg, 2005))
+
+    @cached_property
+    def sigmas(self) -> list[float]:
+        """The grid of SFD."""
+        return methods.start_grid(self.seen.model.get_model_object("model_sampling"), SFD, self.plain)
+
+    @cached_property
+    def through(self) -> Trajectories:
+        """The bounds' training pairs, with the teacher's states at SFD's inner σ."""
+        return stage(self.folder, f"bound-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
+
+    @cached_property
+    def plain(self) -> dict[int, dict]:
+        """{steps: {solver: {grid: errors}}} that peers start by."""
+        return {steps: self.named(steps) for steps in (STEPS, STEPS + 1)}
+
+    def named(self, steps: int) -> dict:
+        return stage(self.folder, f"named-{steps}-{self.cfg:g}", named, self.choosing, self.validation, steps)
+
+    def judged(self, name: str, make) -> Judged:
+        """Measures of the end points make()."""
+        return stage(self.folder, f"set-{name}", lambda: self.judge.judged(make()))
+
+    def sets(self) -> dict[str, Judged]:
+        """By row."""
+        made = {TEACHER: self.judged(f"teacher-{self.cfg:g}", lambda: self.pairs.end)} | self.plain_sets()
+        if self.told.peers:
+            made |= self.bound_sets() | self.table_sets() | self.peer_sets()
+        return made | self.pack_sets()
+
+    def plain_sets(self) -> dict[str, Judged]:
+        """The best named sampler at each budget, and σ and all coefficients searched at three."""
+        made, sampling = {}, self.own.model.get_model_object("model_sampling")
+        for steps in self.told.budgets:
+            solver, grid = best_named(self.named(steps))
+            tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
+            made[f"plain {steps}, {solver}/{grid}"] = self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.pairs, tableau))
+        free = stage(self.folder, f"free-{self.cfg:g}", free_rival, self.choosing, self.validation, min(64, self.told.validation))["grid, all rows"]
+        return made | {FREE: self.judged(f"plain-free-{self.cfg:g}", partial(ends_of, self.own, self.pairs, free))}
+
+    def pack_sets(self) -> dict[str, Judged]:
+        """The table that comes with the pack, and with guidance the one that guides in its first step only."""
+        made = {MTEO: self._table(f"mteo-{self.cfg:g}-{name_of(self.told.table)}", lambda: load_embeddings(self.told.table))}
+        if self.cfg != 1 and (file := guided_table_file(self.told.model)):
+            made[GUIDED] = self._table(f"guided-{self.cfg:g}-{name_of(file)}", lambda: load_embeddings(file))
+        return made
+
+    def bound_sets(self) -> dict[str, Judged]:
+        """SFD and LCM-LoRA, which change the weights."""
+        told, name = self.told, lambda bound, budget: f"{bound}-{self.cfg:g}-{budget}-{self.told.pairs}-0"
+        weights = lambda: stage(self.folder, name("bound", told.bound), methods.fine_tune, self.seen, self.sigmas, self.through, self.held_out, told.bound, 0)
+        made = {seeded(SFD, 0): self.judged(name("bound-ends", told.bound), lambda: methods.fine_tuned_ends(self.own, weights(), self.pairs))}
+        if told.lcm:
+            updates = lambda: stage(self.folder, name("lcm", told.lcm), methods.low_rank, self.seen, self.through, told.lcm, 0)
+            made[seeded(LCM, 0)] = self.judged(name("lcm-ends", told.lcm), lambda: methods.low_rank_ends(self.own, updates(), self.pairs))
+        return made
+
+    def table_sets(self) -> dict[str, Judged]:
+        """Tables that took as many evaluations to make as a peer."""
+        return {seeded(EQUAL + analytic, seed): self.table_set(analytic, seed) for analytic in ("", methods.ANALYTIC) for seed in range(self.trainings)}
+
+    def table_set(self, analytic: str, seed: int) -> Judged:
+        return self._table(f"equal-ends{analytic}-{self.cfg:g}-{self.told.peers}-{seed}", lambda: self.equal(analytic, seed))
+
+    def equal(self, analytic: str, seed: int) -> Embeddings:
+        """A table that takes as many evaluations to make as a peer, its search included."""
+        start, recipe = self.equal_start(analytic, seed)
+        pairs = stage(self.folder, f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
+        return stage(self.folder, f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}", train_embeddings, self.seen, recipe, start, pairs, self.held_out)
+
+    def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
+        start, spent = stage(self.folder, f"peers-start{analytic}-{self.cfg:g}", searched, self.seen, self.held_out.part(slice(0, SEARCHED)), bool(analytic))
+        return start, affordable(self.told.peers - spent, self.cfg, seed)
+
+    def peer_sets(self) -> dict[str, Judged]:
+        best = self.best_peers()
+        return {seeded(name, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
+
+    def peer_set(self, name: str, seed: int) -> Judged:
+        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.pairs))
+
+    def peer(self, name: str, seed: int) -> dict:
+        """A trained peer; a seed above 0 takes the rate that seed 0 found."""
+        rate = self.peer(name, 0)["rate"] if seed else None
+        return stage(self.folder, f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}", methods.train, self.seen, name, self.train, self.held_out, self.plain, self.told.peers, seed, rate)
+
+    @property
+    def trainings(self) -> int:
+        """Seeds of the tables and of the best peers."""
+        return max(self.told.seeds, self.told.best)
+
+    def best_peers(self) -> list[str]:
+        """The three with the least error on held-out pairs."""
+        drawn = [name for name in methods.NAMES if name not in methods.SURE]
+        return sorted(drawn, key=lambda name: self.peer(name, 0)["error"])[:3]
+
+    def trainings_of(self, name: str, best: list[str]) -> int:
+        return 1 if name in methods.SURE else self.trainings if name in best else self.told.seeds
+
+    def _table(self, name: str, load) -> Judged:
+        """Of the least number of steps that the embeddings load() have."""
+
+        def ends():
+            table = load()
+            return ends_of(self.own, self.pairs, choose_table(table, 0).tableau_at(self.cfg), table)
+
+        return self.judged(name, ends)

@@ -36,7 +36,7 @@ from .peers import methods
 from .peers.lab import Lab
 
 TEACHER_SHARE = 0.4  # of what is left after the search
-BATCH, RATE = 24, 0.02  # few evaluations go further in small batches (docs/ablations.md)
+BATCH, RATE = 24, 0.02  # of the tables that `quality` compares with peers: at cfg 4 few evaluations go further so (docs/ablations.md)
 EPD, MOST, SAME = "EPD" + methods.ANALYTIC, 60_000, 1.01
 
 
@@ -46,9 +46,11 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--cfg", type=float, default=1.0)
     parser.add_argument("--budgets", type=int, nargs="+", default=[15_000, 30_000, 60_000, 120_000, 300_000], help="network evaluations")
     parser.add_argument("--test", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=BATCH, help="of an optimiser step")
-    parser.add_argument("--rate", type=float, default=RATE, help="of the first one")
+    parser.add_argument("--batch", type=int, default=Recipe().batch, help="of an optimiser step")
+    parser.add_argument("--rate", type=float, default=Recipe().rate, help="of the first one")
     told = parser.parse_args(arguments)
+    if min(told.budgets) > MOST:
+        parser.error(f"--budgets needs one of at most {MOST:,}: {EPD} is trained up to there.")
     folder = ROOT / "runs" / "bench" / f"cost-{name_of(weights_file(told.model))}-{told.cfg:g}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
     held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
@@ -82,10 +84,10 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate: float = RATE) -> Recipe:
+def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate: float = RATE, steps: int = STEPS) -> Recipe:
     """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and the rates are found on them (with a backward), an optimiser step is a batch of
     the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
-    recipe = Recipe(steps=STEPS, rows="all", guidance=(cfg,), batch=batch, rate=rate, seed=seed)
+    recipe = Recipe(steps=steps, rows="all", guidance=(cfg,), batch=batch, rate=rate, seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
     left = budget - pictures * teacher - 3 * min(SOLVED, pictures) * student
@@ -93,13 +95,13 @@ def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate:
     return replace(recipe, pictures=pictures, iterations=max(int(left // step), 1))
 
 
-def searched(seen, pairs: Trajectories, analytic: bool = True) -> tuple[Tableau, int]:
+def searched(seen, pairs: Trajectories, analytic: bool = True, steps: int = STEPS) -> tuple[Tableau, int]:
     """Where a table starts from, and the evaluations that finding it took, those of the teacher included; not analytic: its first call is told sigma_max."""
 
     def work(session):
         lab = Lab(session)
         with torch.no_grad():
-            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], STEPS, lab.sigma_max, session.flow, analytic=analytic)
+            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], steps, lab.sigma_max, session.flow, analytic=analytic)
         return found, lab.spent + methods.teacher_cost(pairs)
 
     return seen.session(work)

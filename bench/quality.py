@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> dict:
         result[f"cfg {cfg:g}"] = {name: judged.row for name, judged in sets.items()}
         intervals[f"cfg {cfg:g}"] = intervals_of(sets, judge.other["features"].cpu()) if told.peers else {}
     show(result)
-    summary, name = keys_of(result, intervals, told.budgets), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
+    summary, name = keys_of(result, intervals), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
     write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
     plot(result, RESULTS / f"{name}.png")
     return summary
@@ -87,7 +87,12 @@ def over_seeds(rows: dict, name: str, measure: str) -> float:
     return statistics.fmean(rows[row][measure] for row in seeds_of(rows, name))
 
 
-def keys_of(result: dict, intervals: dict, budgets: list[int]) -> dict:
+def plain_of(rows: dict) -> dict[int, dict]:
+    """Rows of the best named plain samplers by their number of evaluations."""
+    return {int(name.split()[1].rstrip(",")): row for name, row in rows.items() if name.startswith("plain ") and name != FREE}
+
+
+def keys_of(result: dict, intervals: dict) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
     Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its first step for nothing, the same where all have, each
     with its interval, and the share of the way from the plain sampler to SFD."""
@@ -98,7 +103,7 @@ def keys_of(result: dict, intervals: dict, budgets: list[int]) -> dict:
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
-        plain = {steps: next(row for name, row in rows.items() if name.startswith(f"plain {steps}, ")) for steps in budgets}
+        plain = plain_of(rows)
         keys[cfg] = own = of_set(mteo, teacher, plain) | dict(fd_floor=teacher["fd"], fd_free_3=free["fd"])
         if guided := rows.get(GUIDED):
             own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, plain).items()}
@@ -138,12 +143,12 @@ def plot(result: dict, path: Path) -> None:
             values = {name: max(row[measure] - floor, 1e-4) for name, row in sorted(rows.items(), key=lambda entry: -entry[1][measure])}
             colours = ["tab:red" if name.startswith("MTEO") else "black" if name in (SFD, LCM) else "tab:blue" for name in values]
             axis.scatter(list(values.values()), list(values), c=colours, zorder=2)
-            more = [name for name in result[cfg] if name.startswith("plain ") and name != FREE and not name.startswith(f"plain {STEPS}, ")]
-            for number, name in enumerate(more):
-                at = max(result[cfg][name][measure] - floor, 1e-4)
+            more = {steps: row for steps, row in plain_of(result[cfg]).items() if steps != STEPS}
+            for number, (steps, row) in enumerate(more.items()):
+                at = max(row[measure] - floor, 1e-4)
                 axis.axvline(at, color="0.7", linestyle="--", linewidth=1, zorder=1)
-                axis.text(at, 1 + 0.025 * (number % 3), name.split(",")[0].removeprefix("plain "), transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.4")
-            axis.set(xlabel=label, xscale="log" if measure == "fd" else "linear")
+                axis.text(at, 1 + 0.025 * (number % 3), str(steps), transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.4")
+            axis.set(xlabel=label, xscale="log")
             axis.tick_params(axis="y", labelsize=8)
             axis.grid(alpha=0.3, axis="y")
         line[0].set_title(f"{cfg}, {STEPS} {'evaluations' if cfg == 'cfg 1' else 'pairs'} (dashed: plain with more; black: other weights)", loc="left", pad=30, fontsize=10)

@@ -16,19 +16,20 @@ from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_gri
 from .peers import methods
 
 TEACHER = "teacher"
-FREE, MTEO, EQUAL, GUIDED, SFD, LCM = "plain with free grid and rows, 3", "MTEO, 3", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD", "LCM-LoRA"
+FREE, MTEO, EQUAL, GUIDED, SFD, LCM = f"plain with free grid and rows, {STEPS}", f"MTEO, {STEPS}", "MTEO at a peer's cost", "MTEO, 5 guided in the first", "SFD", "LCM-LoRA"
 
 
-def seeded(name: str, seed: int) -> str:
+def seeded(name: str, steps: int, seed: int = 0) -> str:
     """What a row is called."""
-    return f"{name}, {STEPS}" + (f", seed {seed}" if seed else "")
+    return f"{name}, {steps}" + (f", seed {seed}" if seed else "")
 
 
 class Ways:
-    """Stages of one cfg in a folder; told: the bench's arguments."""
+    """Stages of one cfg in a folder; told: the bench's arguments; steps: evaluations, or pairs of them, of all that is trained."""
 
-    def __init__(self, folder: Path, told, cfg: float, judge: Judge, own, choosing, seen):
-        self.folder, self.told, self.cfg, self.judge = folder, told, cfg, judge
+    def __init__(self, folder: Path, told, cfg: float, judge: Judge, own, choosing, seen, steps: int = STEPS):
+        self.folder, self.told, self.cfg, self.judge, self.steps = folder, told, cfg, judge, steps
+        self.tag = "" if steps == STEPS else f"-{steps}-steps"  # of the stages that are of these steps alone
         self.own, self.choosing, self.seen = own, choosing, seen
         judge.against(self.pairs.end, self._pairs("teacher-other", own, told.count, 2002).end)
 
@@ -43,17 +44,17 @@ class Ways:
     @cached_property
     def sigmas(self) -> list[float]:
         """The grid of SFD."""
-        return methods.start_grid(self.seen.model.get_model_object("model_sampling"), SFD, self.plain)
+        return methods.start_grid(self.seen.model.get_model_object("model_sampling"), SFD, self.plain, self.steps)
 
     @cached_property
     def through(self) -> Trajectories:
         """The bounds' training pairs, with the teacher's states at SFD's inner σ."""
-        return stage(self.folder, f"bound-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
+        return stage(self.folder, f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
 
     @cached_property
     def plain(self) -> dict[int, dict]:
         """{steps: {solver: {grid: errors}}} that peers start by."""
-        return {steps: self.named(steps) for steps in (STEPS, STEPS + 1)}
+        return {steps: self.named(steps) for steps in (self.steps, self.steps + 1)}
 
     def named(self, steps: int) -> dict:
         return stage(self.folder, f"named-{steps}-{self.cfg:g}", named, self.choosing, self.validation, steps)
@@ -64,18 +65,27 @@ class Ways:
 
     def sets(self) -> dict[str, Judged]:
         """By row."""
-        made = {TEACHER: self.judged(f"teacher-{self.cfg:g}", lambda: self.pairs.end)} | self.plain_sets()
+        made = {TEACHER: self.teacher_set()} | self.plain_sets()
         if self.told.peers:
             made |= self.bound_sets() | self.table_sets() | self.peer_sets()
         return made | self.pack_sets()
 
+    def teacher_set(self) -> Judged:
+        """The teacher's own."""
+        return self.judged(f"teacher-{self.cfg:g}", lambda: self.pairs.end)
+
+    def plain_set(self, steps: int) -> dict[str, Judged]:
+        """The best named sampler."""
+        solver, grid = best_named(self.named(steps))
+        sampling = self.own.model.get_model_object("model_sampling")
+        tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
+        return {f"plain {steps}, {solver}/{grid}": self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.pairs, tableau))}
+
     def plain_sets(self) -> dict[str, Judged]:
         """The best named sampler at each budget, and σ and all coefficients searched at three."""
-        made, sampling = {}, self.own.model.get_model_object("model_sampling")
+        made = {}
         for steps in self.told.budgets:
-            solver, grid = best_named(self.named(steps))
-            tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
-            made[f"plain {steps}, {solver}/{grid}"] = self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.pairs, tableau))
+            made |= self.plain_set(steps)
         free = stage(self.folder, f"free-{self.cfg:g}", free_rival, self.choosing, self.validation, min(64, self.told.validation))["grid, all rows"]
         return made | {FREE: self.judged(f"plain-free-{self.cfg:g}", partial(ends_of, self.own, self.pairs, free))}
 
@@ -88,42 +98,46 @@ class Ways:
 
     def bound_sets(self) -> dict[str, Judged]:
         """SFD and LCM-LoRA, which change the weights."""
-        told, name = self.told, lambda bound, budget: f"{bound}-{self.cfg:g}-{budget}-{self.told.pairs}-0"
-        weights = lambda: stage(self.folder, name("bound", told.bound), methods.fine_tune, self.seen, self.sigmas, self.through, self.held_out, told.bound, 0)
-        made = {seeded(SFD, 0): self.judged(name("bound-ends", told.bound), lambda: methods.fine_tuned_ends(self.own, weights(), self.pairs))}
-        if told.lcm:
-            updates = lambda: stage(self.folder, name("lcm", told.lcm), methods.low_rank, self.seen, self.through, told.lcm, 0)
-            made[seeded(LCM, 0)] = self.judged(name("lcm-ends", told.lcm), lambda: methods.low_rank_ends(self.own, updates(), self.pairs))
+        made, name = {seeded(SFD, self.steps): self.bound_set()}, lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0"
+        if self.told.lcm:
+            updates = lambda: stage(self.folder, name("lcm"), methods.low_rank, self.seen, self.through, self.told.lcm, 0)
+            made[seeded(LCM, self.steps)] = self.judged(name("lcm-ends"), lambda: methods.low_rank_ends(self.own, updates(), self.pairs))
         return made
+
+    def bound_set(self) -> Judged:
+        """SFD."""
+        name = lambda of: f"{of}-{self.cfg:g}-{self.told.bound}-{self.told.pairs}-0{self.tag}"
+        weights = lambda: stage(self.folder, name("bound"), methods.fine_tune, self.seen, self.sigmas, self.through, self.held_out, self.told.bound, 0)
+        return self.judged(name("bound-ends"), lambda: methods.fine_tuned_ends(self.own, weights(), self.pairs))
 
     def table_sets(self) -> dict[str, Judged]:
         """Tables that took as many evaluations to make as a peer."""
-        return {seeded(EQUAL + analytic, seed): self.table_set(analytic, seed) for analytic in ("", methods.ANALYTIC) for seed in range(self.trainings)}
+        return {seeded(EQUAL + analytic, self.steps, seed): self.table_set(analytic, seed) for analytic in ("", methods.ANALYTIC) for seed in range(self.trainings)}
 
     def table_set(self, analytic: str, seed: int) -> Judged:
-        return self._table(f"equal-ends{analytic}-{self.cfg:g}-{self.told.peers}-{seed}", lambda: self.equal(analytic, seed))
+        return self._table(f"equal-ends{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", lambda: self.equal(analytic, seed))
 
     def equal(self, analytic: str, seed: int) -> Embeddings:
         """A table that takes as many evaluations to make as a peer, its search included."""
         start, recipe = self.equal_start(analytic, seed)
         pairs = stage(self.folder, f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
-        return stage(self.folder, f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}", train_embeddings, self.seen, recipe, start, pairs, self.held_out)
+        return stage(self.folder, f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", train_embeddings, self.seen, recipe, start, pairs, self.held_out)
 
     def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
-        start, spent = stage(self.folder, f"peers-start{analytic}-{self.cfg:g}", searched, self.seen, self.held_out.part(slice(0, SEARCHED)), bool(analytic))
-        return start, affordable(self.told.peers - spent, self.cfg, seed)
+        start, spent = stage(self.folder, f"peers-start{analytic}-{self.cfg:g}{self.tag}", searched, self.seen, self.held_out.part(slice(0, SEARCHED)), bool(analytic), self.steps)
+        return start, affordable(self.told.peers - spent, self.cfg, seed, steps=self.steps)
 
     def peer_sets(self) -> dict[str, Judged]:
         best = self.best_peers()
-        return {seeded(name, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
+        return {seeded(name, self.steps, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
 
     def peer_set(self, name: str, seed: int) -> Judged:
-        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.pairs))
+        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.pairs))
 
     def peer(self, name: str, seed: int) -> dict:
         """A trained peer; a seed above 0 takes the rate that seed 0 found."""
         rate = self.peer(name, 0)["rate"] if seed else None
-        return stage(self.folder, f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}", methods.train, self.seen, name, self.train, self.held_out, self.plain, self.told.peers, seed, rate)
+        return stage(self.folder, f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", methods.train, self.seen, name, self.train, self.held_out, self.plain, self.told.peers, seed, rate, self.steps)
 
     @property
     def trainings(self) -> int:

@@ -46,6 +46,32 @@ def test_a_peer_gets_nearer_to_the_teacher_at_three_evaluations(pairs, name):
     own.session(work)
 
 
+@pytest.mark.parametrize("name", ["GS", "GS, analytic", "EPD", "EPD, analytic"])
+@pytest.mark.parametrize("steps", [2, 4, 5, 8])
+def test_a_peer_takes_as_many_evaluations_as_it_is_told(pairs, name, steps):
+    from bench.parts import named_grids
+    from bench.peers.lab import Lab
+    from bench.peers.methods import method
+
+    own, _, held_out = pairs
+
+    def work(session):
+        lab, part = Lab(session), held_out.part(slice(0, 4))
+        peer = method(lab, name, named_grids(session.sampling, steps + name.endswith(ANALYTIC))["sgm_uniform"].tolist())
+        with torch.no_grad():
+            assert peer.sample(peer.zero, part, part.start).isfinite().all()
+        assert lab.spent == steps * len(part)
+
+    own.session(work)
+
+
+def test_parallel_steps_are_as_wide_as_the_evaluations_allow():
+    from bench.peers.parallel import places_of
+
+    assert [places_of(count, False) for count in (2, 3, 4, 5, 6)] == [[1], [2], [2, 0], [2, 1], [2, 2]]
+    assert [places_of(count, True) for count in (2, 3, 4, 5, 6)] == [[2], [2, 0], [2, 1], [2, 2], [2, 2, 0]]
+
+
 @pytest.mark.parametrize("name", ["GS", "GS, analytic", "GITS", "DPM-Solver-v3"])
 def test_a_training_takes_no_more_than_its_budget(pairs, name):
     from bench.peers import methods

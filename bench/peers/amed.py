@@ -11,7 +11,7 @@ from mteo.teacher import Trajectories
 
 from .lab import Lab
 
-HIDDEN, SCALE = 32, 0.2  # width of the small network; how far from 1 it may move direction and time
+EVALUATIONS, HIDDEN, SCALE = 3, 32, 0.2  # of a sampling; width of the small network; how far from 1 it may move direction and time
 
 
 def parameters_of(lab: Lab, analytic: bool, seed: int = 0) -> dict[str, torch.Tensor]:

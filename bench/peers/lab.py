@@ -28,9 +28,9 @@ class Lab:
             return x if self.session.flow else x / (1 + self.sigma_max**2) ** 0.5
         return (x - self.denoise(x, self.sigma_max, batch)) / self.sigma_max
 
-    def middle(self, move: torch.Tensor) -> torch.Tensor:
-        """A learned σ: `move` = ln of its noise ÷ signal, relative to the geometric middle of the ends'."""
-        return sigma_of((self.ratio(self.sigma_min) * self.ratio(self.sigma_max)) ** 0.5 * move.exp(), self.session.flow)
+    def middle(self, move: torch.Tensor, share: float = 0.5) -> torch.Tensor:
+        """A learned σ: `move` = ln of its noise ÷ signal, relative to what is geometrically between the highest (share 0) and the lowest (1) one's."""
+        return sigma_of(self.ratio(self.sigma_min) ** share * self.ratio(self.sigma_max) ** (1 - share) * move.exp(), self.session.flow)
 
     def between(self, low, high, share: torch.Tensor) -> torch.Tensor:
         """The σ whose noise ÷ signal is geometrically between those of low (share 1) and high (share 0)."""

@@ -34,29 +34,30 @@ class Method:
 
 
 def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
-    """The peer before its training, on `sigmas` as `start_grid` gives them where it has a grid."""
+    """The peer before its training, with as many evaluations as `sigmas`, from `start_grid`, are made for; on them where it has a grid."""
     analytic = name.endswith(ANALYTIC)
+    steps = len(sigmas) - 1 - analytic
     if (base := name.removesuffix(ANALYTIC)) in coefficients.PEERS:
         freedom = replace(coefficients.PEERS[base], analytic=analytic)
         return Method(partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training)
     if name == "PAS":
-        return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(STEPS), dict(loss="absolute"))
+        return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(steps), dict(loss="absolute"))
     if name.startswith("EPD"):
-        return Method(partial(parallel.sample, lab, analytic), parallel.parameters_of(analytic))
-    if name.startswith("AMED"):
+        return Method(partial(parallel.sample, lab, steps, analytic), parallel.parameters_of(steps, analytic))
+    if name.startswith("AMED") and steps == amed.EVALUATIONS:
         return Method(partial(amed.sample, lab, analytic), amed.parameters_of(lab, analytic))
     if name == V3:
         return Method(partial(v3.sample, lab, sigmas), {})
     if name == "GITS":
         tableau = solver_tableau(BASES[name], torch.tensor(sigmas), lab.session.sampling)
         return Method(lambda learned, batch, start: execute(tableau, lambda x, call, sigma: lab.denoise(x, sigma, batch), start), {})
-    raise ValueError(f"No peer is called {name}: there are {', '.join(NAMES)}.")
+    raise ValueError(f"No peer is called {name} with {steps} evaluations: there are {', '.join(NAMES)}, AMED with {amed.EVALUATIONS} only.")
 
 
-def start_grid(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]]) -> list[float]:
-    """The named grid on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic step has a step more."""
+def start_grid(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[float]:
+    """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic step has a step more."""
     base = name.removesuffix(ANALYTIC)
-    steps = STEPS + (base != name)
+    steps += base != name
     errors = plain[steps][BASES.get(base, "euler")]
     return named_grids(sampling, steps)[min(errors, key=errors.get)].tolist()
 
@@ -66,20 +67,20 @@ def teacher_cost(pairs: Trajectories) -> int:
     return len(pairs) * TEACHER_STEPS * branches(pairs)
 
 
-def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, rate: float | None = None) -> dict:
+def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, rate: float | None = None, steps: int = STEPS) -> dict:
     """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs` included; `rate`: None = the best of RATES."""
     teacher = teacher_cost(pairs)
 
     def work(session):
         lab = Lab(session)
         if name == "GITS":
-            sigmas = gits.find_grid(lab, pairs.part(slice(0, 256)), STEPS)
+            sigmas = gits.find_grid(lab, pairs.part(slice(0, 256)), steps)
             return dict(sigmas=sigmas, learned={}, error=None, rate=None, spent=lab.spent)
         if name == V3:
             few = pairs.part(slice(0, budget // (2 * v3.LEVELS * branches(pairs))))
-            sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, STEPS).values()])
+            sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, steps).values()])
             return dict(sigmas=sigmas, learned=learned, error=error, rate=None, spent=lab.spent)
-        sigmas = start_grid(session.sampling, name, plain)
+        sigmas = start_grid(session.sampling, name, plain, steps)
         peer = method(lab, name, sigmas)
         run = lambda rate, evaluations: fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
         best = rate or min(RATES, key=lambda one: run(one, (budget - teacher) // 4)[1])

@@ -1,0 +1,85 @@
+"""Quality over the number of evaluations: the best named plain sampler, GS, EPD, tables and SFD, each made anew for every number (cfg 1) or number of pairs, judged as `quality` judges.
+
+GS, EPD and tables have their first step for nothing and 60,000 evaluations to be trained with, SFD has more. What `quality` made of the same weights, cfg and numbers is taken from there.
+"""
+import argparse
+
+from reference.objects import weights_file
+
+from .judge import SEEDS, Judge
+from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, write_result
+from .peers.methods import ANALYTIC
+from .ways import EQUAL, SFD, Ways
+
+PEERS = ("GS" + ANALYTIC, "EPD" + ANALYTIC)
+PLAIN, MTEO = "plain, best named", EQUAL + ANALYTIC
+COLOURS = {PLAIN: "0.5", PEERS[0]: "tab:blue", PEERS[1]: "tab:green", MTEO: "tab:red", SFD: "black"}
+MEASURES = {"fd": "Fréchet distance above the teacher's own", "error pooled": "error to the teacher (nRMSE)"}
+
+
+def run(arguments: list[str]) -> dict:
+    parser = argparse.ArgumentParser(prog="python -m bench budgets", description=__doc__)
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 4.0, 7.0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1), or pairs of them")
+    parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
+    parser.add_argument("--validation", type=int, default=64, help="pairs on which plain solvers and grids are chosen")
+    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included")
+    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
+    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
+    told = parser.parse_args(arguments)
+    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
+    print(f"[bench] at most {planned(told):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
+    own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
+    judge, rows = Judge(told.model, told.count // SEEDS), {}
+    for cfg in told.cfg:
+        rows[f"cfg {cfg:g}"] = made = {}
+        for steps in sorted(told.steps):
+            made[steps] = rows_of(Ways(folder, told, cfg, judge, own, choosing, seen, steps))
+            print(f"cfg {cfg:g}, {steps}: " + "  ".join(f"{name} {row['fd']:.4f}/{row['error pooled']:.4f}" for name, row in made[steps].items()), flush=True)
+    summary, name = keys_of(rows), f"budgets-{told.model}"
+    write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=rows))
+    plot(rows, RESULTS / f"{name}.png")
+    return summary
+
+
+def planned(told) -> int:
+    """Network evaluations of a run from nothing, at most; a search remembers calls that this counts anew."""
+    once = (2 * told.count + told.validation) * TEACHER_STEPS + (told.pairs + 128) * TEACHER_STEPS
+    each = sum(54 * told.validation * (2 * steps + 1) + (len(COLOURS) + 0.75) * steps * told.count for steps in told.steps)
+    trained = len(told.steps) * ((1 + 1.75 * len(PEERS)) * told.peers + told.bound)
+    return round(sum((once + each) * (1 if cfg == 1 else 2) + trained for cfg in told.cfg))
+
+
+def rows_of(ways: Ways) -> dict[str, dict[str, float]]:
+    """Measures by way."""
+    [plain] = ways.plain_set(ways.steps).values()
+    made = {"teacher": ways.teacher_set(), PLAIN: plain, MTEO: ways.table_set(ANALYTIC, 0)} | {name: ways.peer_set(name, 0) for name in PEERS}
+    return {name: judged.row for name, judged in (made | ({SFD: ways.bound_set()} if ways.told.bound else {})).items()}
+
+
+def keys_of(rows: dict) -> dict:
+    """The largest ratios of a table's Fréchet distance and error to those of GS, EPD and the plain sampler at any number and cfg; and for each cfg and number the plain evaluations that a table,
+    with all fewer ones, is not behind in Fréchet distance."""
+    largest = {f"worst_{measure.split()[0]}": round(max(row[MTEO][measure] / row[name][measure] for made in rows.values() for row in made.values() for name in (PLAIN, *PEERS)), 4) for measure in MEASURES}
+    matched = {cfg: {steps: max((more for more in made if all(made[few][PLAIN]["fd"] >= row[MTEO]["fd"] for few in made if few <= more)), default=0) for steps, row in made.items()} for cfg, made in rows.items()}
+    return largest | {"plain_steps_matched": matched}
+
+
+def plot(rows: dict, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(rows), len(MEASURES), figsize=(11, 3.4 * len(rows)), layout="constrained", squeeze=False)
+    for line, (cfg, made) in zip(axes, rows.items(), strict=True):
+        for axis, (measure, label) in zip(line, MEASURES.items(), strict=True):
+            for name in (name for name in COLOURS if name in next(iter(made.values()))):
+                values = [max(row[name][measure] - (row["teacher"][measure] if measure == "fd" else 0), 1e-4) for row in made.values()]
+                axis.plot(list(made), values, "o-", color=COLOURS[name], label=name.removesuffix(ANALYTIC))
+            axis.set(yscale="log", ylabel=label, xlabel="evaluations" if cfg == "cfg 1" else "pairs of evaluations", title=cfg, xticks=list(made))
+            axis.grid(alpha=0.3, which="both")
+    axes[0, 0].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

@@ -6,12 +6,12 @@ import argparse
 import time
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.supported_models
 import torch
 
 from mteo.comfyui.training import distill_model
 from mteo.recipe import Recipe
+from reference.objects import as_patcher
 
 from .cost import affordable
 from .overhead import ratios_of
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> dict:
         torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
         result[f"distillation, {name}"] = row = costs(own, told.iterations)
         print(f"{name:10} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
-    write_result("gpu", result)
+        write_result("gpu", result)  # what there is, where the next one is cut off
     return result
 
 
@@ -75,7 +75,5 @@ def random_parts(channels: int, dtype: torch.dtype = torch.float16) -> Parts:
     for name, value in model.diffusion_model.named_parameters():
         flat = torch.ones(value.shape) if value.dim() == 1 and name.endswith("weight") else torch.zeros(value.shape) if value.dim() == 1 else torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
         value.data = flat.to(dtype)
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher = core(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
     text = lambda: [[torch.randn(1, 77, SD15["context_dim"], generator=generator), {}]]
-    return Parts(patcher, [text()], text(), torch.zeros(1, 4, 64, 64))
+    return Parts(as_patcher(model), [text()], text(), torch.zeros(1, 4, 64, 64))

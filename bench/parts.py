@@ -67,9 +67,9 @@ def table_file(kind: str) -> Path:
     return ROOT / "reference" / "tables" / {"unet": "reference-3steps.safetensors", "mmdit": "reference-mmdit-3steps.safetensors"}[kind]
 
 
-def guided_table_file(kind: str) -> Path | None:
-    """The one that guides in its first steps only, where there is one."""
-    return ROOT / "reference" / "tables" / "reference-5steps-guided1.safetensors" if kind == "unet" else None
+def guided_table_file(kind: str) -> Path:
+    """The one that guides in some steps only."""
+    return ROOT / "reference" / "tables" / {"unet": "reference-4steps-guided-1-3.safetensors", "mmdit": "reference-mmdit-4steps-guided-1-3.safetensors"}[kind]
 
 
 def name_of(file: Path) -> str:
@@ -132,7 +132,7 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
 
 def untrained(seen: Parts, recipe: Recipe, tableau: Tableau) -> Embeddings:
     """Zero offsets for a solver's table; the recipe says of how many steps and where they act."""
-    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, tableau.schedule.float(), recipe.solver, tableau, recipe.guided_rows)
+    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, tableau.schedule.float(), recipe.solver, tableau, recipe.guided)
     return Embeddings({recipe.steps: table}, recipe.space)
 
 
@@ -147,7 +147,7 @@ def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_
     """As `distill_model` goes about it: σ and last row by a search on the plain model, then the offsets."""
 
     def searched(session):
-        plain = calls_of(session, held_out.part(slice(0, SEARCHED)), range(recipe.guided, recipe.steps))
+        plain = calls_of(session, held_out.part(slice(0, SEARCHED)), recipe.alone)
         return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
 
     return train_embeddings(seen, recipe, seen.session(searched), train, held_out)

@@ -111,8 +111,8 @@ def keys_of(result: dict, intervals: dict) -> dict:
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 for analytic in ("", methods.ANALYTIC):
                     own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic))
-                start, end = plain[STEPS][measure], mteo[measure]
-                own[f"gap_closed_{key}"] = (start - end) / (start - bound[measure])
+                start = plain[STEPS][measure]
+                own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound[measure]) for name, row in (("", mteo), ("guided_", guided)) if row}
     lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
     for cfg, own in keys.items():
         own |= {f"{name}_{end}": bound for name, interval in intervals[cfg].items() for end, bound in zip(("low", "high"), interval, strict=True)}
@@ -134,6 +134,7 @@ def plot(result: dict, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     shown = {cfg: {name.removesuffix(f", {STEPS}"): row for name, row in rows.items() if name.endswith(f", {STEPS}") or name.startswith(f"plain {STEPS}, ") or name == GUIDED} for cfg, rows in result.items()}
     heights = [1 + 0.24 * len(rows) for rows in shown.values()]
@@ -149,6 +150,7 @@ def plot(result: dict, path: Path) -> None:
                 axis.axvline(at, color="0.7", linestyle="--", linewidth=1, zorder=1)
                 axis.text(at, 1 + 0.025 * (number % 3), str(steps), transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.4")
             axis.set(xlabel=label, xscale="log")
+            axis.xaxis.set(major_locator=ticker.LogLocator(subs=(1,) if measure == "fd" else (1, 2, 5)), major_formatter=ticker.StrMethodFormatter("{x:g}"), minor_formatter=ticker.NullFormatter())
             axis.tick_params(axis="y", labelsize=8)
             axis.grid(alpha=0.3, axis="y")
         line[0].set_title(f"{cfg}, {STEPS} {'evaluations' if cfg == 'cfg 1' else 'pairs'} (dashed: plain with more; black: other weights)", loc="left", pad=30, fontsize=10)

@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import MTEOError
+from .guided import ALL, Guided, alone_of, read_guided
 from .sites import SPACES
-from .tableau import MAX_CALLS, Tableau, between, make_tableau
+from .tableau import Tableau, between, make_tableau
 
-FORMAT = 4
+FORMAT = 5
 STORED = torch.float16  # of the rows in a file: eleven binary digits of each number
 
 
@@ -26,7 +27,7 @@ class Table:
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`). guidance: the G cfg values, rising.
     offsets: site path -> [G, R, D]. learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau, whose σ and
     mean are the means of theirs, only say where in the schedule a call is, and what strength 0 is. record: how it was trained (JSON).
-    guided: the first rows, which evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
+    guided: which rows, from 1, evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """
 
     steps: int
@@ -39,12 +40,12 @@ class Table:
     learned: list[Tableau] | None = None
     solver_options: dict = field(default_factory=dict)
     record: dict = field(default_factory=dict)
-    guided: int = MAX_CALLS
+    guided: Guided = ALL
 
     @property
     def alone(self) -> list[int]:
         """The calls of the solver that evaluate the prompt alone."""
-        return [call for call, row in enumerate(self.tableau.rows) if row >= self.guided]
+        return alone_of(self.guided, self.tableau.rows)
 
     def shares(self, cfg: float) -> torch.Tensor:
         """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours in cfg ÷ (1 + cfg); 1 at a trained value. Linear in cfg is up to a fifth worse (docs/ablations.md)."""
@@ -152,7 +153,7 @@ def load_embeddings(path: Path) -> Embeddings:
         about = json.loads(header["mteo.tables"])
         tables = {int(steps): _table(int(steps), facts, tensors) for steps, facts in about.items()}
         model = json.loads(header["mteo.model"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, MTEOError) as error:
         raise wrong(f"is not complete ({error}): distil the table again") from error
     return Embeddings(tables, header["mteo.space"], model, {k: v for k, v in header.items() if not k.startswith("mteo.") and k != "modelspec.hash_sha256"})
 
@@ -178,7 +179,7 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     for site, value in own.items():
         if value.dim() != 3 or value.shape[:2] != (len(guidance), rows):
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")
-    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, {site: value.float() for site, value in own.items()}, learned, facts["solver_options"], facts["record"], int(facts["guided"]))
+    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, {site: value.float() for site, value in own.items()}, learned, facts["solver_options"], facts["record"], read_guided(facts["guided"], rows))
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -2,8 +2,8 @@
 from dataclasses import asdict, dataclass, fields
 
 from .errors import MTEOError
+from .guided import ALL, Guided, alone_of, read_guided
 from .sites import SPACES
-from .tableau import MAX_CALLS
 
 ROWS = ("solver", "last", "all")
 FREE = "free"
@@ -15,7 +15,7 @@ class Recipe:
     rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point, "all" = the inner ones as well.
     perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any cfg but 1, beside
     the error of the latents (÷ their spread); 0 = none. space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
-    guided: how many of the first steps evaluate the pair that cfg needs; the others evaluate the prompt alone, and the table stands in for the guidance: 0 = none, K or more = all.
+    guided: "all", "none", or the numbers of the steps, from 1, that evaluate the pair that cfg needs; the others evaluate the prompt alone, and the table stands in for the guidance.
     pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid, for a flow model on that of its own time.
     sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures; rate: Adam's first step at most, a smaller one
     where that is all that the network bears (`first_rates`); falls to 0 along a cosine;
@@ -27,7 +27,7 @@ class Recipe:
     rows: str = "all"
     space: str = "gains"
     guidance: tuple[float, ...] = (1.0,)
-    guided: int = 16
+    guided: Guided = ALL
     pictures: int = 256
     held_out: int = 64
     teacher_steps: int = 24
@@ -43,11 +43,12 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, "guidance", tuple(float(value) for value in self.guidance))
-        limits = dict(steps=(2, 16), guided=(0, 16), pictures=(1, 10**7), held_out=(2, 10**6), teacher_steps=(self.steps, 1000), sequential=(0, 10**7), iterations=(0, 10**7),
+        limits = dict(steps=(2, 16), pictures=(1, 10**7), held_out=(2, 10**6), teacher_steps=(self.steps, 1000), sequential=(0, 10**7), iterations=(0, 10**7),
                       batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), perception=(0, 10**6), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1))
         for name, (low, high) in limits.items():
             if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= high:
                 raise MTEOError(f"{name} is {getattr(self, name)!r}: give a number from {low} to {high}.")
+        object.__setattr__(self, "guided", read_guided(self.guided, self.steps))
         for name, allowed in (("rows", ROWS), ("space", SPACES)):
             if getattr(self, name) not in allowed:
                 raise MTEOError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
@@ -68,14 +69,14 @@ class Recipe:
         return self.perception > 0 and cfg != 1
 
     @property
-    def guided_rows(self) -> int:
-        """What a table is told: of a solver that has more rows than steps, all."""
-        return self.guided if self.guided < self.steps else MAX_CALLS
+    def alone(self) -> list[int]:
+        """The steps, from 0, that evaluate the prompt alone."""
+        return alone_of(self.guided, range(self.steps))
 
     def evaluations(self, cfg: float) -> int:
         """Network evaluations of one picture, of a solver with one in each step; a cfg pair is 2."""
-        return self.steps + (0 if cfg == 1 else min(self.guided, self.steps))
+        return self.steps + (0 if cfg == 1 else self.steps - len(self.alone))
 
     def facts(self) -> dict:
         """As JSON."""
-        return {**asdict(self), "guidance": list(self.guidance)}
+        return {**asdict(self), "guidance": list(self.guidance), "guided": self.guided if self.guided == ALL else list(self.guided)}

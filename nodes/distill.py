@@ -15,6 +15,7 @@ from ..mteo.comfyui.conditions import content_hash
 from ..mteo.comfyui.patch import model_fingerprint
 from ..mteo.comfyui.sampling import samples_for
 from ..mteo.comfyui.training import distill_model
+from ..mteo.guided import ALL
 from ..mteo.metrics import held_out_errors
 from ..mteo.recipe import FREE, Recipe
 from ..mteo.sheet import as_image, sheet
@@ -57,14 +58,14 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train, for each cfg value: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
                 io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
-                io.Int.Input("guided_steps", optional=True, default=16, min=0, max=16, tooltip="How many of the first steps evaluate the negative prompt and cfg, two evaluations each. Later steps evaluate the prompt alone, "
-                             "one evaluation, and the table stands in for the guidance. 0 = none of them, as many as steps or more = all."),
+                io.String.Input("guided_steps", optional=True, default=ALL, tooltip='The steps that evaluate the negative prompt and cfg, two evaluations each; the others evaluate the prompt alone, one evaluation, and the table '
+                                'stands in for the guidance. "all", "none", or numbers of steps from 1: of four steps "1 3" costs as much as three that are all guided, and is nearer to the many-step picture.'),
             ],
             outputs=[MTEOEmbeddings.Output(display_name="embeddings"), io.Image.Output(display_name="sheet"), io.Custom("LOSS_MAP").Output(display_name="loss")],
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None, guided_steps=(16,)):
+    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None, guided_steps=(ALL,)):
         model = model[0]
         size = samples_for(model, latent_image[0])
         recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), guided=guided_steps[0], seed=seed[0], **BUDGETS[budget[0]])

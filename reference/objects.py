@@ -107,10 +107,15 @@ def make_model(kind: str = "unet", disable_dynamic: bool = False, weights: Path 
     family.latent_format = ReferenceLatent(kind)
     model = family.get_model({}, "model.")
     model.diffusion_model.load_state_dict(_weights(weights or weights_file(kind), kind))
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    patcher = (comfy.model_patcher.ModelPatcher if disable_dynamic else core)(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    patcher = as_patcher(model, disable_dynamic)
     patcher.cached_patcher_init = (partial(make_model, weights=weights), (kind,))  # in-graph training asks the patcher for a fresh copy of the model through this pair
     return patcher
+
+
+def as_patcher(model, disable_dynamic: bool = False):
+    """A MODEL of a network's BaseModel, on ComfyUI's devices; weights are streamed where ComfyUI can."""
+    core = comfy.model_patcher.ModelPatcher if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return core(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
 
 
 def make_clip(kind: str = "unet", weights: Path | None = None):

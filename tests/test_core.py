@@ -1,6 +1,7 @@
 """The method's parts on small real networks and closed forms."""
 import itertools
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -222,6 +223,9 @@ def test_broken_files_get_one_sentence(embeddings, tmp_path):
     at = whole.index(struct.pack("<4e", *embeddings.tables[3].offsets["input_blocks.0.0.emb_layers.1"][0, 0, :4].tolist()), start)
     path.write_bytes(whole[:at] + struct.pack("<e", float("nan")) + whole[at + 2 :])
     with pytest.raises(MTEOError, match="not finite"):
+        load_embeddings(path)
+    save_embeddings(replace(embeddings, tables={3: replace(embeddings.tables[3], guided=(9,))}), path)
+    with pytest.raises(MTEOError, match="table.safetensors is not complete .*The guided steps are"):
         load_embeddings(path)
     with pytest.raises(MTEOError, match="models/mteo"):
         load_embeddings(tmp_path / "none.safetensors")

@@ -1,4 +1,4 @@
-"""Tables that evaluate the cfg pair in their first steps only."""
+"""Tables that evaluate the cfg pair in some steps only."""
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from mteo.recipe import Recipe
 
-RECIPE = Recipe(steps=3, guided=1, guidance=(4.0,), iterations=24, batch=12, validate_every=12, pictures=64, held_out=32, teacher_steps=8)
+RECIPE = Recipe(steps=3, guided=(1,), guidance=(4.0,), iterations=24, batch=12, validate_every=12, pictures=64, held_out=32, teacher_steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -102,5 +102,35 @@ def test_another_sampler_or_guider_is_refused(parts, made):
             applied(model, made.embeddings, off_grid="nearest")
 
 
+def test_any_steps_can_be_guided(parts):
+    """The second of three alone."""
+    from mteo.comfyui.sampling import sample_latent
+    from mteo.comfyui.training import distill_model
+
+    model, positives, negative, latent = parts
+    recipe = replace(RECIPE, guided=(2,), iterations=4, validate_every=2)
+    with torch.inference_mode():
+        made = distill_model(*parts, recipe)
+        with Rows(model.model.diffusion_model) as seen:
+            sample_latent(model, made.embeddings, {"samples": latent}, 5, positives[0], negative, cfg=4.0)
+    assert made.embeddings.tables[3].alone == [0, 2] and seen == [1, 2, 1] and sum(seen) == recipe.evaluations(4.0)
+
+
 def test_evaluations_are_counted_by_branch():
-    assert [Recipe(steps=5, guided=guided).evaluations(4.0) for guided in (0, 1, 5, 16)] == [5, 6, 10, 10] and Recipe(steps=5, guided=1).evaluations(1.0) == 5
+    assert [Recipe(steps=5, guided=guided).evaluations(4.0) for guided in ("none", (), 2, (1, 3), [5, 4, 3, 2, 1], "all")] == [5, 5, 6, 7, 10, 10]
+    assert Recipe(steps=5, guided=1).evaluations(1.0) == 5 and Recipe(steps=4, guided=(3, 1)).alone == [1, 3]
+
+
+@pytest.mark.parametrize("told, read", [("all", "all"), ("none", ()), ("1 3", (1, 3)), ("3, 1", (1, 3)), (2, (2,)), ([1, 2, 3, 4], "all"), ((), ())])
+def test_guided_steps_are_read_as_they_are_written(told, read):
+    from mteo.guided import read_guided
+
+    assert read_guided(told, 4) == read
+
+
+@pytest.mark.parametrize("told", ["", "first", "0", 5, [1, 5], "1 two"])
+def test_guided_steps_that_are_none_are_named(told):
+    from mteo.errors import MTEOError
+
+    with pytest.raises(MTEOError, match="numbers of steps from 1 to 4"):
+        Recipe(steps=4, guided=told)

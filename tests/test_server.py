@@ -110,7 +110,7 @@ def test_a_template_is_its_api_copy_and_has_a_picture(objects, path):
     assert Image.open(path.with_suffix(".jpg")).width >= 256
 
 
-@pytest.mark.parametrize("template", ["mteo_sample_3_steps", "mteo_sample_3_steps_mmdit", "mteo_sample_5_steps_guided_first"])
+@pytest.mark.parametrize("template", ["mteo_sample_3_steps", "mteo_sample_3_steps_mmdit", "mteo_sample_4_steps_two_guided"])
 def test_a_sampling_template_gives_pictures_and_previews(server, template):
     entry, messages = server.watch(graph(template))
     made = pictures(server, entry, "9")

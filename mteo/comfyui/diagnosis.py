@@ -51,7 +51,7 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
         private = private_copy(model)
         for number, cfg in enumerate(recipe.guidance):
             pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
-            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided_rows)
+            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided)
             patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
             share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, recipe, t, q, progress))
             last = list(own["errors"].values())[-1]
@@ -73,7 +73,7 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     finer = execute(teacher_tableau(session, teacher_sigmas(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
     spread, free = float(pairs.end.cpu().double().std()), recipe.grid == FREE
     root = lambda squares: float(squares.mean().sqrt()) / spread
-    plain = Plain(denoise_of(session, range(recipe.guided, recipe.steps)), pairs)
+    plain = Plain(denoise_of(session, recipe.alone), pairs)
     sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
     tableau = read_tableau(comfy.samplers.sampler_object(name), sigmas, session.sampling, name)
     terms = plain.terms(tableau)

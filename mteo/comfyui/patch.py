@@ -229,7 +229,7 @@ def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor,
 def require_guider(table: Table, guider) -> None:
     """MTEOError where some calls ask for the prompt alone and the guider has another rule than one cfg for two branches."""
     if table.alone and type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
-        raise MTEOError(f"This table guides in its first steps only, which {type(guider).__name__} cannot: use MTEO KSampler, SamplerCustom or CFGGuider.")
+        raise MTEOError(f"This table guides in some steps only, which {type(guider).__name__} cannot: use MTEO KSampler, SamplerCustom or CFGGuider.")
 
 
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
@@ -241,7 +241,7 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     """
     table = choose_table(embeddings, steps)
     if table.alone and off_grid in ("interpolate", "nearest"):
-        raise MTEOError(f"This table guides in its first steps only, so that it works with its own sampler and sigmas: set off_grid to error, not {off_grid}.")
+        raise MTEOError(f"This table guides in some steps only, so that it works with its own sampler and sigmas: set off_grid to error, not {off_grid}.")
     patch = Patch(table, embeddings.space, strength, off_grid)
     patch.find(model.model.diffusion_model)
     require_model(model, embeddings)

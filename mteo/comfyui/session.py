@@ -6,7 +6,7 @@ that gives a differentiable denoised; conditioning, ControlNet, LoRA and wrapper
 import copy
 import inspect
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.model_sampling
@@ -20,7 +20,7 @@ from ..errors import MTEOError
 from ..perception import NOISE, watched
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
-from .solver import told
+from .solver import KEY, told
 
 
 def is_flow(sampling) -> bool:
@@ -43,7 +43,7 @@ class Session:
         self._together = sys.maxsize  # pictures that are evaluated at once, at most
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
         self.flow = is_flow(self.sampling)
-        self.patch = guider.model_patcher.get_attachment("mteo")  # the table on the model, if there is one
+        self.patch = guider.model_patcher.get_attachment(KEY)  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
         self._stackable = stackable(self._prompts)
 
@@ -84,7 +84,7 @@ class Session:
             part, items = x[rows], item[own].tolist()
             self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
             self._guider.cfg = key[0]
-            with short_floats(self._computing), told(self._guider, sigma) if isinstance(sigma, float) else nullcontext():
+            with short_floats(self._computing), told(self._guider, sigma if isinstance(sigma, float) else None):
                 pieces.append(self._wrap(part.to(self._computing), (sigma * part.new_ones(len(part))).to(self._computing), **self._extra).to(x.device))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]

@@ -91,8 +91,8 @@ def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] 
 
 
 @contextmanager
-def told(guider, sigma: float):
-    """Inside, the table on the guider's model knows the σ of the evaluations; to read it from a graphics card would be a wait."""
+def told(guider, sigma: float | None):
+    """Inside, the table on the guider's model knows the σ of the evaluations; to read it from a graphics card would be a wait. None: it is not known."""
     get = getattr(getattr(guider, "model_patcher", None), "get_attachment", None)
     patch = get(KEY) if get else None
     if patch is None:

@@ -15,10 +15,11 @@ from ..distill import State, distill, load_state, save_state
 from ..embeddings import Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
 from ..gridsearch import SEARCHED, Plain, no_progress, search_grid
+from ..guided import ALL, Guided
 from ..recipe import FREE, Recipe
 from ..schedule import karras, refined
 from ..sites import find_family, find_sites
-from ..tableau import MAX_CALLS, Tableau, euler_tableau, execute, started_at
+from ..tableau import Tableau, euler_tableau, execute, started_at
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import content_hash
 from .patch import KEY, apply_embeddings, model_fingerprint
@@ -91,8 +92,8 @@ def with_table(private, embeddings: Embeddings, steps: int = 0):
     return patched, patched.get_attachment(KEY)
 
 
-def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau, guided: int = MAX_CALLS) -> Table:
-    """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model, whose first `guided` rows evaluate the cfg pair."""
+def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torch.Tensor, solver: str, tableau: Tableau, guided: Guided = ALL) -> Table:
+    """Zero offsets at every site, for `tableau` on `sigmas` [K + 1]: the plain model, whose rows `guided` evaluate the cfg pair."""
     offsets = {site.path: torch.zeros(1, len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
     timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
     return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets, guided=guided)
@@ -120,7 +121,7 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
     if free:
         base = started_at(base, sigma_max, None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
         grid[0] = sigma_max
-    table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided_rows)
+    table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided)
     table.solver_options = dict(getattr(sampler, "extra_options", {}))
     if free and recipe.rows != "solver":  # training starts from what was found
         table.guidance, table.learned = sorted(recipe.guidance), found if apart else [replace(base, mean=own.mean) for own in found]
@@ -135,7 +136,7 @@ def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, 
     told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
     teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
     pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
-    plains = [Plain(denoise_of(session, range(recipe.guided, recipe.steps)), own) for own in pairs]
+    plains = [Plain(denoise_of(session, recipe.alone), own) for own in pairs]
     search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 

@@ -9,7 +9,7 @@ from reference.objects import weights_file
 from .judge import SEEDS, Judge
 from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, write_result
 from .peers.methods import ANALYTIC
-from .ways import EQUAL, SFD, Ways
+from .ways import EQUAL, SFD, Ways, matched
 
 PEERS = ("GS" + ANALYTIC, "EPD" + ANALYTIC)
 PLAIN, MTEO = "plain, best named", EQUAL + ANALYTIC
@@ -62,8 +62,8 @@ def keys_of(rows: dict) -> dict:
     """The largest ratios of a table's Fréchet distance and error to those of GS, EPD and the plain sampler at any number and cfg; and for each cfg and number the plain evaluations that a table,
     with all fewer ones, is not behind in Fréchet distance."""
     largest = {f"worst_{measure.split()[0]}": round(max(row[MTEO][measure] / row[name][measure] for made in rows.values() for row in made.values() for name in (PLAIN, *PEERS)), 4) for measure in MEASURES}
-    matched = {cfg: {steps: max((more for more in made if all(made[few][PLAIN]["fd"] >= row[MTEO]["fd"] for few in made if few <= more)), default=0) for steps, row in made.items()} for cfg, made in rows.items()}
-    return largest | {"plain_steps_matched": matched}
+    plain = {cfg: {steps: row[PLAIN]["fd"] for steps, row in made.items()} for cfg, made in rows.items()}
+    return largest | {"plain_steps_matched": {cfg: {steps: matched(row[MTEO]["fd"], plain[cfg]) for steps, row in made.items()} for cfg, made in rows.items()}}
 
 
 def plot(rows: dict, path) -> None:

@@ -68,11 +68,13 @@ class Judge:
 
     def judged(self, ends: torch.Tensor) -> Judged:
         """All of a set on any device; on the processor, the features in float32."""
-        return Judged(self(ends), Made(self.features(ends.to(self.device)).float().cpu(), per_picture(ends, self.same.cpu()).square()))
+        features = self.features(ends.to(self.device))
+        return Judged(self(ends, features), Made(features.float().cpu(), per_picture(ends, self.same.cpu()).square()))
 
-    def __call__(self, made: torch.Tensor) -> dict[str, float]:
+    def __call__(self, made: torch.Tensor, features: torch.Tensor | None = None) -> dict[str, float]:
+        """The measures of a set, whose features may be known."""
         made, other = made.to(self.device), self.other
-        features, pictures = self.features(made), self.pictures(made)
+        features, pictures = self.features(made) if features is None else features, self.pictures(made)
         precision, recall = precision_recall(features, other["features"])
         wasserstein = sliced_wasserstein(pictures, other["pictures"])
         return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(

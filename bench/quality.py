@@ -17,7 +17,7 @@ from .intervals import largest_ratios
 from .judge import SEEDS, Judge, Judged
 from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, table_file, write_result
 from .peers import methods
-from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways
+from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways, matched
 
 
 def run(arguments: list[str]) -> dict:
@@ -97,8 +97,7 @@ def keys_of(result: dict, intervals: dict) -> dict:
     Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its first step for nothing, the same where all have, each
     with its interval, and the share of the way from the plain sampler to SFD."""
     def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
-        matched = max((steps for steps in plain if all(other["fd"] >= row["fd"] for fewer, other in plain.items() if fewer <= steps)), default=0)
-        return dict(plain_steps_matched=matched, diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
+        return dict(plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in plain.items()}), diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
 
     keys = {}
     for cfg, rows in result.items():

@@ -15,13 +15,17 @@ from .judge import Judge, Judged
 from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_grids, solver_tableau, stage, teacher_pairs, train_embeddings
 from .peers import methods
 
-TEACHER = "teacher"
 FREE, MTEO, EQUAL, GUIDED, SFD, LCM = f"plain with free grid and rows, {STEPS}", f"MTEO, {STEPS}", "MTEO at a peer's cost", "MTEO, 4 guided in 1 and 3", "SFD", "LCM-LoRA"
 
 
 def seeded(name: str, steps: int, seed: int = 0) -> str:
     """What a row is called."""
     return f"{name}, {steps}" + (f", seed {seed}" if seed else "")
+
+
+def matched(fd: float, plain: dict[int, float]) -> int:
+    """The largest number of plain evaluations that a Fréchet distance, with those of all fewer ones, is not behind; 0: none. plain: theirs."""
+    return max((steps for steps in plain if all(other >= fd for fewer, other in plain.items() if fewer <= steps)), default=0)
 
 
 class Ways:
@@ -33,8 +37,8 @@ class Ways:
         self.own, self.choosing, self.seen = own, choosing, seen
         judge.against(self.pairs.end, self._pairs("teacher-other", own, told.count, 2002).end)
 
-    def _pairs(self, name: str, of, count: int, seed: int, *more) -> Trajectories:
-        return stage(self.folder, f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed, *more)
+    def _pairs(self, name: str, of, count: int, seed: int) -> Trajectories:
+        return stage(self.folder, f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed)
 
     pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
     validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
@@ -65,7 +69,7 @@ class Ways:
 
     def sets(self) -> dict[str, Judged]:
         """By row."""
-        made = {TEACHER: self.teacher_set()} | self.plain_sets()
+        made = {"teacher": self.teacher_set()} | self.plain_sets()
         if self.told.peers:
             made |= self.bound_sets() | self.table_sets() | self.peer_sets()
         return made | self.pack_sets()

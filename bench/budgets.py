@@ -2,12 +2,10 @@
 
 GS, EPD and tables have their first step for nothing and 60,000 evaluations to be trained with, SFD has more. What `quality` made of the same weights, cfg and numbers is taken from there.
 """
-import argparse
-
 from reference.objects import weights_file
 
-from .judge import SEEDS, Judge
-from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, write_result
+from .ground import grounds, parser_of
+from .parts import RESULTS, TEACHER_STEPS, name_of, write_result
 from .peers.methods import ANALYTIC
 from .ways import EQUAL, SFD, Ways, matched
 
@@ -18,25 +16,15 @@ MEASURES = {"fd": "Fréchet distance above the teacher's own", "error pooled": "
 
 
 def run(arguments: list[str]) -> dict:
-    parser = argparse.ArgumentParser(prog="python -m bench budgets", description=__doc__)
-    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
-    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 4.0, 7.0])
+    parser = parser_of("budgets", __doc__, (1.0, 4.0, 7.0))
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1), or pairs of them")
-    parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
-    parser.add_argument("--validation", type=int, default=64, help="pairs on which plain solvers and grids are chosen")
-    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included")
-    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
-    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD takes three times as many")
     told = parser.parse_args(arguments)
-    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
-    print(f"[bench] at most {planned(told):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
-    own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
-    judge, rows = Judge(told.model, told.count // SEEDS), {}
-    for cfg in told.cfg:
-        rows[f"cfg {cfg:g}"] = made = {}
+    rows = {}
+    for ground in grounds(told, planned(told)):
+        rows[f"cfg {ground.cfg:g}"] = made = {}
         for steps in sorted(told.steps):
-            made[steps] = rows_of(Ways(folder, told, cfg, judge, own, choosing, seen, steps))
-            print(f"cfg {cfg:g}, {steps}: " + "  ".join(f"{name} {row['fd']:.4f}/{row['error pooled']:.4f}" for name, row in made[steps].items()), flush=True)
+            made[steps] = rows_of(Ways(ground, steps))
+            print(f"cfg {ground.cfg:g}, {steps}: " + "  ".join(f"{name} {row['fd']:.4f}/{row['error pooled']:.4f}" for name, row in made[steps].items()), flush=True)
     summary, name = keys_of(rows), f"budgets-{told.model}"
     write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=rows))
     plot(rows, RESULTS / f"{name}.png")

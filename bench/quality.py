@@ -3,7 +3,6 @@
 The sets that are compared have other noise than the teacher's (but for the error, which is of the same noise), and the teacher's own
 distance to itself is the floor: only what is above it counts (traps 35). Pictures of one prompt by several seeds show diversity.
 """
-import argparse
 import statistics
 from pathlib import Path
 
@@ -12,54 +11,44 @@ import torch
 from mteo.gridsearch import LEVELS, ROUNDS
 from reference.objects import weights_file
 
+from .ground import grounds, parser_of
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS
 from .intervals import largest_ratios
-from .judge import SEEDS, Judge, Judged
-from .parts import RESULTS, ROOT, TEACHER_STEPS, name_of, parts, table_file, write_result
+from .judge import Judged
+from .parts import RESULTS, TEACHER_STEPS, name_of, table_file, write_result
 from .peers import methods
 from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways, matched
 
 
 def run(arguments: list[str]) -> dict:
-    parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
-    parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
-    parser.add_argument("--validation", type=int, default=128, help="pairs on which plain solvers and grids are chosen")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
-    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a peer's training takes, those of its teacher included; 0: no peers and no bound")
-    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights")
-    parser.add_argument("--lcm", type=int, default=300_000, help="those of LCM-LoRA, which changes them too; 0: without it")
+    parser = parser_of("quality", __doc__, CFGS)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
+    parser.add_argument("--lcm", type=int, default=150_000, help="evaluations of LCM-LoRA, which changes the weights too; 0: without it")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer; a bound has one")
     parser.add_argument("--best", type=int, default=1, help="trainings of the table at a peer's cost and of the three peers with the least error on held-out pairs, where that is more")
-    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; the bounds take three times as many")
-    parser.add_argument("--cfg", type=float, help="this one alone, with a report of its own; also for a second process beside")
-    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--table", type=Path, help="default: the model's own")
     told = parser.parse_args(arguments)
     told.table = told.table or table_file(told.model)
     told.budgets = sorted({STEPS, *told.budgets})
-    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
-    own, choosing, seen = parts(5, told.count // SEEDS, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
-    cfgs = CFGS if told.cfg is None else (told.cfg,)
-    print(f"[bench] at most {planned(told, cfgs):,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
-    judge, result, intervals = Judge(told.model, told.count // SEEDS), {}, {}
-    for cfg in cfgs:
-        sets = Ways(folder, told, cfg, judge, own, choosing, seen).sets()
-        result[f"cfg {cfg:g}"] = {name: judged.row for name, judged in sets.items()}
-        intervals[f"cfg {cfg:g}"] = intervals_of(sets, judge.other["features"].cpu()) if told.peers else {}
+    result, intervals = {}, {}
+    for ground in grounds(told, planned(told)):
+        sets, cfg = Ways(ground).sets(), f"cfg {ground.cfg:g}"
+        result[cfg] = {name: judged.row for name, judged in sets.items()}
+        intervals[cfg] = intervals_of(sets, ground.judge.other["features"].cpu()) if told.peers else {}
     show(result)
-    summary, name = keys_of(result, intervals), f"quality-{told.model}" + ("" if told.cfg is None else f"-cfg{told.cfg:g}")
+    summary, name = keys_of(result, intervals), "-".join([f"quality-{told.model}", *(f"cfg{cfg:g}" for cfg in told.cfg if tuple(told.cfg) != CFGS)])
     write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
     plot(result, RESULTS / f"{name}.png")
     return summary
 
 
-def planned(told, cfgs) -> int:
+def planned(told) -> int:
     """Network evaluations of a run from nothing, at most: the judging takes none, a search remembers calls that this counts anew."""
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
     trained = ((len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)) * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + told.bound + told.lcm + 2 * STEPS * told.count) if told.peers else 0
-    return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in cfgs))
+    return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in told.cfg))
 
 
 def intervals_of(sets: dict[str, Judged], other: torch.Tensor) -> dict[str, tuple[float, float]]:

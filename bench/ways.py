@@ -1,6 +1,5 @@
-"""Every way of sampling that `bench quality` compares, for one model and cfg: trained once, its set of pictures judged once. Of a set its measures are kept, not its pictures."""
+"""Every way of sampling that `bench quality` and `bench budgets` compare, for one model and cfg: trained once, its set of pictures judged once. Of a set its measures are kept, not its pictures."""
 from functools import cached_property, partial
-from pathlib import Path
 
 from mteo.comfyui.patch import choose_table
 from mteo.embeddings import Embeddings, load_embeddings
@@ -10,9 +9,10 @@ from mteo.tableau import Tableau
 from mteo.teacher import Trajectories
 
 from .cost import affordable, searched
+from .ground import Ground
 from .heldout import STEPS, best_named, free_rival, named
-from .judge import Judge, Judged
-from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_grids, solver_tableau, stage, teacher_pairs, train_embeddings
+from .judge import Judged
+from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_grids, solver_tableau, teacher_pairs, train_embeddings
 from .peers import methods
 
 FREE, MTEO, EQUAL, GUIDED, SFD, LCM = f"plain with free grid and rows, {STEPS}", f"MTEO, {STEPS}", "MTEO at a peer's cost", "MTEO, 4 guided in 1 and 3", "SFD", "LCM-LoRA"
@@ -29,21 +29,12 @@ def matched(fd: float, plain: dict[int, float]) -> int:
 
 
 class Ways:
-    """Stages of one cfg in a folder; told: the bench's arguments; steps: evaluations, or pairs of them, of all that is trained."""
+    """Stages of one cfg; steps: evaluations, or pairs of them, of all that is trained."""
 
-    def __init__(self, folder: Path, told, cfg: float, judge: Judge, own, choosing, seen, steps: int = STEPS):
-        self.folder, self.told, self.cfg, self.judge, self.steps = folder, told, cfg, judge, steps
+    def __init__(self, ground: Ground, steps: int = STEPS):
+        self.ground, self.told, self.cfg, self.steps = ground, ground.told, ground.cfg, steps
+        self.own, self.seen, self.stage, self.judged = ground.own, ground.seen, ground.stage, ground.judged
         self.tag = "" if steps == STEPS else f"-{steps}-steps"  # of the stages that are of these steps alone
-        self.own, self.choosing, self.seen = own, choosing, seen
-        judge.against(self.pairs.end, self._pairs("teacher-other", own, told.count, 2002).end)
-
-    def _pairs(self, name: str, of, count: int, seed: int) -> Trajectories:
-        return stage(self.folder, f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed)
-
-    pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
-    validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
-    train = cached_property(lambda self: stage(self.folder, f"peers-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, self.told.pairs, self.cfg, 2004))
-    held_out = cached_property(lambda self: stage(self.folder, f"peers-held-out-{self.cfg:g}-128", teacher_pairs, self.seen, 128, self.cfg, 2005))
 
     @cached_property
     def sigmas(self) -> list[float]:
@@ -53,7 +44,7 @@ class Ways:
     @cached_property
     def through(self) -> Trajectories:
         """The bounds' training pairs, with the teacher's states at SFD's inner σ."""
-        return stage(self.folder, f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
+        return self.stage(f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
 
     @cached_property
     def plain(self) -> dict[int, dict]:
@@ -61,11 +52,7 @@ class Ways:
         return {steps: self.named(steps) for steps in (self.steps, self.steps + 1)}
 
     def named(self, steps: int) -> dict:
-        return stage(self.folder, f"named-{steps}-{self.cfg:g}", named, self.choosing, self.validation, steps)
-
-    def judged(self, name: str, make) -> Judged:
-        """Measures of the end points make()."""
-        return stage(self.folder, f"set-{name}", lambda: self.judge.judged(make()))
+        return self.stage(f"named-{steps}-{self.cfg:g}", named, self.ground.choosing, self.ground.validation, steps)
 
     def sets(self) -> dict[str, Judged]:
         """By row."""
@@ -76,22 +63,22 @@ class Ways:
 
     def teacher_set(self) -> Judged:
         """The teacher's own."""
-        return self.judged(f"teacher-{self.cfg:g}", lambda: self.pairs.end)
+        return self.judged(f"teacher-{self.cfg:g}", lambda: self.ground.pairs.end)
 
     def plain_set(self, steps: int) -> dict[str, Judged]:
         """The best named sampler."""
         solver, grid = best_named(self.named(steps))
         sampling = self.own.model.get_model_object("model_sampling")
         tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
-        return {f"plain {steps}, {solver}/{grid}": self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.pairs, tableau))}
+        return {f"plain {steps}, {solver}/{grid}": self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.ground.pairs, tableau))}
 
     def plain_sets(self) -> dict[str, Judged]:
         """The best named sampler at each budget, and σ and all coefficients searched at three."""
         made = {}
         for steps in self.told.budgets:
             made |= self.plain_set(steps)
-        free = stage(self.folder, f"free-{self.cfg:g}", free_rival, self.choosing, self.validation, min(64, self.told.validation))["grid, all rows"]
-        return made | {FREE: self.judged(f"plain-free-{self.cfg:g}", partial(ends_of, self.own, self.pairs, free))}
+        free = self.stage(f"free-{self.cfg:g}", free_rival, self.ground.choosing, self.ground.validation, min(64, self.told.validation))["grid, all rows"]
+        return made | {FREE: self.judged(f"plain-free-{self.cfg:g}", partial(ends_of, self.own, self.ground.pairs, free))}
 
     def pack_sets(self) -> dict[str, Judged]:
         """The table that comes with the pack, and with guidance the one that guides in some steps only."""
@@ -103,17 +90,17 @@ class Ways:
 
     def bound_sets(self) -> dict[str, Judged]:
         """SFD and LCM-LoRA, which change the weights."""
-        made, name = {seeded(SFD, self.steps): self.bound_set()}, lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0"
+        made, name = {seeded(SFD, self.steps): self.bound_set()} if self.told.bound else {}, lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0"
         if self.told.lcm:
-            updates = lambda: stage(self.folder, name("lcm"), methods.low_rank, self.seen, self.through, self.told.lcm, 0)
-            made[seeded(LCM, self.steps)] = self.judged(name("lcm-ends"), lambda: methods.low_rank_ends(self.own, updates(), self.pairs))
+            updates = lambda: self.stage(name("lcm"), methods.low_rank, self.seen, self.through, self.told.lcm, 0)
+            made[seeded(LCM, self.steps)] = self.judged(name("lcm-ends"), lambda: methods.low_rank_ends(self.own, updates(), self.ground.pairs))
         return made
 
     def bound_set(self) -> Judged:
         """SFD."""
         name = lambda of: f"{of}-{self.cfg:g}-{self.told.bound}-{self.told.pairs}-0{self.tag}"
-        weights = lambda: stage(self.folder, name("bound"), methods.fine_tune, self.seen, self.sigmas, self.through, self.held_out, self.told.bound, 0)
-        return self.judged(name("bound-ends"), lambda: methods.fine_tuned_ends(self.own, weights(), self.pairs))
+        weights = lambda: self.stage(name("bound"), methods.fine_tune, self.seen, self.sigmas, self.through, self.ground.held_out, self.told.bound, 0)
+        return self.judged(name("bound-ends"), lambda: methods.fine_tuned_ends(self.own, weights(), self.ground.pairs))
 
     def table_sets(self) -> dict[str, Judged]:
         """Tables that took as many evaluations to make as a peer."""
@@ -125,11 +112,11 @@ class Ways:
     def equal(self, analytic: str, seed: int) -> Embeddings:
         """A table that takes as many evaluations to make as a peer, its search included."""
         start, recipe = self.equal_start(analytic, seed)
-        pairs = stage(self.folder, f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
-        return stage(self.folder, f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", train_embeddings, self.seen, recipe, start, pairs, self.held_out)
+        pairs = self.stage(f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
+        return self.stage(f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
 
     def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
-        start, spent = stage(self.folder, f"peers-start{analytic}-{self.cfg:g}{self.tag}", searched, self.seen, self.held_out.part(slice(0, SEARCHED)), bool(analytic), self.steps)
+        start, spent = self.stage(f"peers-start{analytic}-{self.cfg:g}{self.tag}", searched, self.seen, self.ground.held_out.part(slice(0, SEARCHED)), bool(analytic), self.steps)
         return start, affordable(self.told.peers - spent, self.cfg, seed, steps=self.steps)
 
     def peer_sets(self) -> dict[str, Judged]:
@@ -137,12 +124,12 @@ class Ways:
         return {seeded(name, self.steps, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
 
     def peer_set(self, name: str, seed: int) -> Judged:
-        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.pairs))
+        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.ground.pairs))
 
     def peer(self, name: str, seed: int) -> dict:
         """A trained peer; a seed above 0 takes the rate that seed 0 found."""
         rate = self.peer(name, 0)["rate"] if seed else None
-        return stage(self.folder, f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", methods.train, self.seen, name, self.train, self.held_out, self.plain, self.told.peers, seed, rate, self.steps)
+        return self.stage(f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", methods.train, self.seen, name, self.ground.train, self.ground.held_out, self.plain, self.told.peers, seed, rate, self.steps)
 
     @property
     def trainings(self) -> int:
@@ -162,6 +149,6 @@ class Ways:
 
         def ends():
             table = load()
-            return ends_of(self.own, self.pairs, choose_table(table, 0).tableau_at(self.cfg), table)
+            return ends_of(self.own, self.ground.pairs, choose_table(table, 0).tableau_at(self.cfg), table)
 
         return self.judged(name, ends)

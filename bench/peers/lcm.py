@@ -15,7 +15,7 @@ from mteo.teacher import Trajectories
 
 from .lab import Lab
 
-RANK, LEVELS, HUBER = 32, 48, 1e-3  # of an update; steps of the teacher's path; where the loss (LCM eq. 14's distance) goes from square to absolute
+RANK, LEVELS, HUBER, TARGET = 32, 48, 1e-3, 0.95  # of an update; steps of the teacher's path; where the loss (LCM eq. 14's distance) goes from square to absolute; memory of the answer aimed at (LCM algorithm 1)
 
 
 def layers_of(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -79,10 +79,10 @@ def sample(lab: Lab, sigmas: list[float], values: dict[str, torch.Tensor], batch
     return x
 
 
-def train(lab: Lab, pairs: Trajectories, budget: int, seed: int, rate: float = 5e-4, batch: int = 32, memory: float = 0.99) -> dict[str, torch.Tensor]:
+def train(lab: Lab, pairs: Trajectories, budget: int, seed: int, rate: float = 1e-4, batch: int = 32, memory: float = 0.99) -> dict[str, torch.Tensor]:
     """The averaged updates after `budget` evaluations; pictures are the pairs' end points."""
     values = {name: value.requires_grad_(True) for name, value in parameters_of(lab.network, seed).items()}
-    average = {name: value.detach().clone() for name, value in values.items()}
+    average, target = ({name: value.detach().clone() for name, value in values.items()} for _ in range(2))
     optimiser, generator, first, step = torch.optim.Adam(values.values(), lr=rate), torch.Generator().manual_seed(seed), lab.spent, 0
     levels = teacher_sigmas(lab.session, LEVELS).float()
     while (spent := lab.spent - first) < budget:
@@ -95,7 +95,7 @@ def train(lab: Lab, pairs: Trajectories, budget: int, seed: int, rate: float = 5
         x = lab.session.sampling.noise_scaling(high, torch.randn(part.end.shape, generator=generator), part.end)
         with torch.no_grad():
             next_x = x + each(low / high - 1) * (x - lab.denoise(x, high, part))  # one Euler step of the guided teacher (LCM eq. 13)
-            with updated(lab.network, values):
+            with updated(lab.network, target):
                 wanted = ending(lab, next_x, low, part)
         with updated(lab.network, values):
             apart = ending(lab, x, high, part) - wanted
@@ -105,4 +105,5 @@ def train(lab: Lab, pairs: Trajectories, budget: int, seed: int, rate: float = 5
         optimiser.step()
         for name, value in values.items():
             average[name].lerp_(value.detach(), max(1 - memory, 1 / step))
+            target[name].lerp_(value.detach(), 1 - TARGET)
     return average

@@ -1,0 +1,71 @@
+"""What all ways of sampling that are compared at one cfg have in common: the teacher's pictures, pairs to choose, train and stop by, a judge, and a folder where each stage is kept."""
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mteo.teacher import Trajectories
+from reference.objects import weights_file
+
+from .judge import SEEDS, Judge, Judged
+from .parts import ROOT, Parts, name_of, parts, stage, teacher_pairs
+
+
+def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.ArgumentParser:
+    """The flags of a bench that compares ways of sampling."""
+    parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=description)
+    parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
+    parser.add_argument("--cfg", type=float, nargs="+", default=list(cfgs), help="one of these alone may also run in a second process beside")
+    parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
+    parser.add_argument("--validation", type=int, default=64, help="pairs on which plain solvers and grids are chosen")
+    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds")
+    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
+    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
+    return parser
+
+
+@dataclass
+class Ground:
+    """Of one cfg; told: the bench's arguments."""
+
+    told: argparse.Namespace
+    cfg: float
+    judge: Judge
+    own: Parts
+    choosing: Parts
+    seen: Parts
+
+    pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
+    validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
+    train = cached_property(lambda self: self.stage(f"peers-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, self.told.pairs, self.cfg, 2004))
+    held_out = cached_property(lambda self: self.stage(f"peers-held-out-{self.cfg:g}-128", teacher_pairs, self.seen, 128, self.cfg, 2005))
+
+    def __post_init__(self):
+        self.judge.against(self.pairs.end, self._pairs("teacher-other", self.own, self.told.count, 2002).end)
+
+    def _pairs(self, name: str, of: Parts, count: int, seed: int) -> Trajectories:
+        return self.stage(f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed)
+
+    def stage(self, name: str, make, *arguments):
+        """make(*arguments), or what an earlier run kept."""
+        return stage(folder_of(self.told), name, make, *arguments)
+
+    def judged(self, name: str, make) -> Judged:
+        """Measures of the end points make()."""
+        return self.stage(f"set-{name}", lambda: self.judge.judged(make()))
+
+
+def folder_of(told) -> Path:
+    return ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
+
+
+def grounds(told, planned: int) -> Iterator[Ground]:
+    """One for each cfg in turn; planned: network evaluations of a run from nothing, at most."""
+    print(f"[bench] at most {planned:,} network evaluations, less what {folder_of(told).relative_to(ROOT)} has", flush=True)
+    prompts = told.count // SEEDS
+    own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
+    judge = Judge(told.model, prompts)
+    for cfg in told.cfg:
+        yield Ground(told, cfg, judge, own, choosing, seen)
+

@@ -227,7 +227,7 @@ def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], 
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
     """Adam with a cosine rate and one clip over all sites; the averaged offsets follow."""
     gradients = [gradient.nan_to_num(0.0) for gradient in gradients]
-    norm = torch.cat([g.flatten() for g in gradients]).cpu().double().norm()  # float32's last bit would go with where a tensor lies in memory; a card is asked once
+    norm = torch.stack([g.cpu().double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
     scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0).float()
     count = state.iteration + 1
     left = 0.5 * (1 + math.cos(math.pi * state.iteration / total))

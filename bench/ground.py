@@ -27,8 +27,9 @@ def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.Ar
 
 @dataclass
 class Ground:
-    """Of one cfg; told: the bench's arguments."""
+    """Of one cfg; folder: where stages are kept; told: the bench's arguments."""
 
+    folder: Path
     told: argparse.Namespace
     cfg: float
     judge: Judge
@@ -49,23 +50,20 @@ class Ground:
 
     def stage(self, name: str, make, *arguments):
         """make(*arguments), or what an earlier run kept."""
-        return stage(folder_of(self.told), name, make, *arguments)
+        return stage(self.folder, name, make, *arguments)
 
     def judged(self, name: str, make) -> Judged:
         """Measures of the end points make()."""
         return self.stage(f"set-{name}", lambda: self.judge.judged(make()))
 
 
-def folder_of(told) -> Path:
-    return ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
-
-
 def grounds(told, planned: int) -> Iterator[Ground]:
     """One for each cfg in turn; planned: network evaluations of a run from nothing, at most."""
-    print(f"[bench] at most {planned:,} network evaluations, less what {folder_of(told).relative_to(ROOT)} has", flush=True)
+    folder = ROOT / "runs" / "bench" / f"quality-{name_of(weights_file(told.model))}-{told.count}-{told.validation}"
+    print(f"[bench] at most {planned:,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
     prompts = told.count // SEEDS
     own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
     judge = Judge(told.model, prompts)
     for cfg in told.cfg:
-        yield Ground(told, cfg, judge, own, choosing, seen)
+        yield Ground(folder, told, cfg, judge, own, choosing, seen)
 

@@ -109,11 +109,11 @@ def relatives(told, folder: Path):
         yield Relative(name, make_model(told.model, weights=weights), make_clip(told.model, weights=weights))
     lora = stage(folder, f"lora-{RANK}", extracted, told.model, tuned["ink"])
     for strength in (1.0, 0.5):
-        yield Relative(f"ink as a LoRA, strength {strength:g}", *comfy.sd.load_lora_for_models(model, clip, lora, strength, strength), learns=strength == 1)
+        yield Relative(f"ink as a LoRA, strength {strength:g}", *comfy.sd.load_lora_for_models(model, clip, lora, strength, strength), learns=False)
 
 
 def fine_tuned(told, folder: Path, name: str, flags: tuple[str, ...]) -> Path:
-    """Weights that were trained on from the shipped ones; goes on where it was stopped. The rate is three times the training's, as it has fallen to a tenth there."""
+    """Weights that were trained on from the shipped ones; goes on where it was stopped."""
     run, weights, start = folder / name, folder / name / "weights.safetensors", weights_file(told.model)
     run.mkdir(parents=True, exist_ok=True)
     if not weights.is_file():
@@ -121,7 +121,7 @@ def fine_tuned(told, folder: Path, name: str, flags: tuple[str, ...]) -> Path:
     goal = images_of(start) + told.images
     if images_of(weights) < goal:
         subprocess.run([sys.executable, "-m", "reference.train", "--comfyui", str(Path(comfy.sd.__file__).parents[1]), "--model", told.model, "--run", str(run), "--weights", str(weights), "--images", str(goal),
-                        "--guidance", str(told.guidance), "--rate", "0.0015", "--ship-every", "20000", *flags, *(["--compile"] if told.compile else [])], check=True, cwd=ROOT)
+                        "--guidance", str(told.guidance), "--tune", "--warm", "2000", "--ship-every", "20000", *flags, *(["--compile"] if told.compile else [])], check=True, cwd=ROOT)
     return weights
 
 

@@ -147,6 +147,7 @@ def main(arguments=None):
     parser.add_argument("--style", choices=scenes.STYLES, default="colour", help="other than colour: to fine-tune a copy of the weights")
     parser.add_argument("--size", type=int, default=scenes.SIZE, help="side of a scene in pixels; other than the default: to fine-tune a copy of the weights")
     parser.add_argument("--compile", action="store_true", help="twice as fast where a C++ compiler is at hand")
+    parser.add_argument("--tune", action="store_true", help="rate and average are those of a training that begins with the weights at hand")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop (restartable) after this long")
     options = parser.parse_args(arguments)
     options.run = options.run or HERE / "runs" / options.model
@@ -158,11 +159,12 @@ def main(arguments=None):
     comfy.options.enable_args_parsing()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    short = device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # a processor without is slower in bfloat16 than in float32
     options.run.mkdir(parents=True, exist_ok=True)
     options.weights.parent.mkdir(parents=True, exist_ok=True)
     sprites = scenes.load_sprites()
     generator = torch.Generator().manual_seed(0)
-    state_file, seen, spent = options.run / "state.pt", 0, 0.0
+    state_file, seen, begun, spent = options.run / "state.pt", 0, 0, 0.0
     model = Pair(options.model).to(device).to(memory_format=torch.channels_last)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimisers = optimisers_of(model, options.rate)
@@ -172,13 +174,14 @@ def main(arguments=None):
         model.load_state_dict(state["model"])
         for optimiser, own in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(own)
-        average, seen, spent, pca = state["average"], state["seen"], state["spent"], state["pca"]
+        average, seen, begun, spent, pca = state["average"], state["seen"], state["begun"], state["spent"], state["pca"]
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch"].cpu())
     elif options.weights.exists():  # only what ships is at hand: go on from it with a fresh optimiser
         shipped = load_file(options.weights)
         pca = {name: shipped.pop(f"vae.{name}").float() for name in ("basis", "mean", "scale")}
         seen = int(shipped.pop("images"))
+        begun = seen if options.tune else 0
         generator.manual_seed(seen + 1)
         model.load_state_dict({name: value.float() for name, value in shipped.items()})
         average = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -190,7 +193,7 @@ def main(arguments=None):
     log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
 
     def write():
-        torch.save(dict(model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers], average=average, seen=seen, spent=spent + time.time() - started,
+        torch.save(dict(model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers], average=average, seen=seen, begun=begun, spent=spent + time.time() - started,
                         pca=pca, generator=generator.get_state(), torch=torch.get_rng_state()), state_file.with_suffix(".new"))
         state_file.with_suffix(".new").replace(state_file)
         shipped = {name: value.half().contiguous().cpu() for name, value in average.items()}
@@ -202,11 +205,11 @@ def main(arguments=None):
     while seen < options.images and time.time() - started < 60 * options.minutes:
         x, tokens, dropped = batch_of(options.batch, sprites, vae, pca, 0.1, generator, options.style, options.size)
         noisy, t, target, weight = NOISED[options.model](x, generator)
-        left = 1 - seen / options.images
+        left = 1 - (seen - begun) / (options.images - begun)
         for optimiser, peak in zip(optimisers, peaks, strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = peak * min(1.0, (seen + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
-        with torch.autocast(device, torch.bfloat16), sdpa_kernel(ATTENTION[device]):
+                group["lr"] = peak * min(1.0, (seen - begun + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
+        with torch.autocast(device, torch.bfloat16, enabled=short), sdpa_kernel(ATTENTION[device]):
             told = noisy.to(device, memory_format=torch.channels_last), t.to(device)
             predicted = model(*told, tokens.to(device))
             if options.guidance != 1:
@@ -219,7 +222,7 @@ def main(arguments=None):
         for optimiser in optimisers:
             optimiser.step()
         seen += options.batch
-        keep = min(0.9995, 1 - 1 / (1 + (seen / options.batch) / 10))
+        keep = min(0.9995, 1 - 1 / (1 + ((seen - begun) / options.batch) / 10))
         with torch.no_grad():
             current = model.state_dict()
             torch._foreach_lerp_(list(average.values()), list(current.values()), 1 - keep)

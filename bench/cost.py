@@ -1,7 +1,8 @@
-"""How many network evaluations does a table cost? Error on unseen pairs over all that was spent: search, teacher, student, a backward pass one more; validation apart.
+"""How many network evaluations does a table cost? Error on unseen pairs over all that was spent: search, teacher, student, a backward pass one more; validation
+apart.
 
-A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the best budget's is the whole. EPD, whose first step is free as the table's is, has the same pairs and budgets up to its
-own: what it takes to come within SAME of its last error is its cost.
+A budget is divided as `affordable` says; the gain is over the best named plain sampler, and the best budget's is the whole. EPD, whose first step is free as
+the table's is, has the same pairs and budgets up to its own: what it takes to come within SAME of its last error is its cost.
 """
 import argparse
 from dataclasses import replace
@@ -53,7 +54,8 @@ def run(arguments: list[str]) -> dict:
         parser.error(f"--budgets needs one of at most {MOST:,}: {EPD} is trained up to there.")
     folder = ROOT / "runs" / "bench" / f"cost-{name_of(weights_file(told.model))}-{told.cfg:g}"
     seen, fresh = parts(1, 1024, False, told.model), parts(3, 1024, True, told.model)
-    held_out, test = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2), stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
+    held_out = stage(folder, "held-out", teacher_pairs, seen, 128, told.cfg, 2)
+    test = stage(folder, f"test-{told.test}", teacher_pairs, fresh, told.test, told.cfg, 1004)
     start, spent = stage(folder, "start", searched, seen, held_out.part(slice(0, SEARCHED)))
     recipes = {budget: affordable(budget - spent, told.cfg, batch=told.batch, rate=told.rate) for budget in told.budgets}
     most = max(recipe.pictures for recipe in recipes.values())
@@ -65,8 +67,11 @@ def run(arguments: list[str]) -> dict:
     rows = {"plain, best named": plain, f"searched, {spent}": nrmse(ends_of(fresh, test, start), test.end)}
     errors, peer = {}, {}
     for budget, recipe in recipes.items():
-        made = stage(folder, f"table-{recipe.pictures}-{recipe.iterations}-{told.batch}-{told.rate:g}", train_embeddings, seen, recipe, start, pairs.part(slice(0, recipe.pictures)), held_out)
-        rows[f"{budget}: {recipe.pictures} pictures, {recipe.iterations} steps"] = nrmse(ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end)
+        name, own = f"table-{recipe.pictures}-{recipe.iterations}-{told.batch}-{told.rate:g}", pairs.part(slice(0, recipe.pictures))
+        made = stage(folder, name, train_embeddings, seen, recipe, start, own, held_out)
+        rows[f"{budget}: {recipe.pictures} pictures, {recipe.iterations} steps"] = nrmse(
+            ends_of(fresh, test, made.tables[STEPS].tableau_at(told.cfg), made), test.end
+        )
         errors[budget] = list(rows.values())[-1]["pooled"]
         if budget <= MOST:
             made = stage(folder, f"epd-{recipe.pictures}-{budget}", methods.train, seen, EPD, pairs.part(slice(0, recipe.pictures)), held_out, grids, budget, 0)
@@ -79,14 +84,22 @@ def run(arguments: list[str]) -> dict:
     within = lambda made, wanted: [budget for budget, error in made.items() if error <= wanted]
     last = peer[max(peer)]
     reached, cost = within(errors, last), within(peer, SAME * last)
-    result = dict(model=told.model, cfg=told.cfg, vs_epd_cost=round(min(reached) / min(cost), 4) if reached else None, weights=name_of(weights_file(told.model)), evaluations_to_90=enough, gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()})
+    result = dict(
+        model=told.model,
+        cfg=told.cfg,
+        vs_epd_cost=round(min(reached) / min(cost), 4) if reached else None,
+        weights=name_of(weights_file(told.model)),
+        evaluations_to_90=enough,
+        gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()},
+    )
     write_result(f"cost-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
     return result
 
 
 def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate: float = RATE, steps: int = STEPS) -> Recipe:
-    """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and the rates are found on them (with a backward), an optimiser step is a batch of
-    the student's with its backward; one that perceives also has, in the late part of the training, a look at the student's picture with its backward and one at the teacher's."""
+    """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and
+    the rates are found on them (with a backward), an optimiser step is a batch of the student's with its backward; one that perceives also has, in the late
+    part of the training, a look at the student's picture with its backward and one at the teacher's."""
     recipe = Recipe(steps=steps, rows="all", guidance=(cfg,), batch=batch, rate=rate, seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
@@ -101,7 +114,9 @@ def searched(seen, pairs: Trajectories, analytic: bool = True, steps: int = STEP
     def work(session):
         lab = Lab(session)
         with torch.no_grad():
-            [found] = search_grid([Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], steps, lab.sigma_max, session.flow, analytic=analytic)
+            [found] = search_grid(
+                [Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], steps, lab.sigma_max, session.flow, analytic=analytic
+            )
         return found, lab.spent + methods.teacher_cost(pairs)
 
     return seen.session(work)

@@ -15,7 +15,8 @@ from mteo.tableau import combine
 
 from .parts import named_grids, parts
 
-BRIGHTER = ("uni_pc", "mmdit")  # ComfyUI's UniPC sets the caller's last σ to .001, by which a flow model's result is then divided: .1 % off its own coefficients [5]
+# ComfyUI's UniPC sets the caller's last σ to .001, by which a flow model's result is then divided: .1 % off its own coefficients [5]
+BRIGHTER = ("uni_pc", "mmdit")
 SOLVERS = ("euler", "heun", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc")
 
 
@@ -34,7 +35,13 @@ def run(arguments: list[str]) -> dict:
                             cases += 1
                             if not equal:
                                 failures.append(f"{case}: {solver}, cfg {cfg:g}, batch {batch}, start {start}")
-        errors = {f"{solver}/{grid}/{steps}": solver_errors(own, solver, grid, steps) for solver in SOLVERS if (solver, told.model) != BRIGHTER for grid in ("normal", "karras", "sgm_uniform", "beta") for steps in (3, 4)}
+        errors = {
+            f"{solver}/{grid}/{steps}": solver_errors(own, solver, grid, steps)
+            for solver in SOLVERS
+            if (solver, told.model) != BRIGHTER
+            for grid in ("normal", "karras", "sgm_uniform", "beta")
+            for steps in (3, 4)
+        }
     worst = [max(errors, key=lambda name, which=which: errors[name][which]) for which in (0, 1)]
     solver, whole = (errors[name][which] for which, name in enumerate(worst))
     print(f"{cases} cases, {len(failures)} failed; largest solver error {solver:.2g} at {worst[0]}, with the network answering each {whole:.2g} at {worst[1]}")
@@ -46,7 +53,9 @@ def latent(own, sampler, sigmas, cfg, batch=1, model=None, callback=None, full=T
     empty = own.latent.expand(batch, -1, -1, -1).contiguous()
     start = empty if full else 0.3 * comfy.sample.prepare_noise(empty, 5)
     noise = comfy.sample.prepare_noise(empty, 3)
-    return comfy.sample.sample_custom(model or own.model, noise, cfg, sampler, sigmas.clone(), own.positives[0], own.negative, start, callback=callback, disable_pbar=True, seed=3)
+    return comfy.sample.sample_custom(
+        model or own.model, noise, cfg, sampler, sigmas.clone(), own.positives[0], own.negative, start, callback=callback, disable_pbar=True, seed=3
+    )
 
 
 def table_of(own, solver: str, sigmas, fill: float, space: str) -> Embeddings:

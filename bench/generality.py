@@ -1,7 +1,7 @@
 """What the shipped table is worth away from what it was made for: fine-tunes of the model, a LoRA, other cfg, other prompts. Three steps.
 
-The fine-tunes are trained here from the shipped weights; the LoRA is what ComfyUI's own extraction makes of one of them. Each has its own teacher, and the error is
-to that. Beside the table stand the best named plain sampler, chosen for that very model, and a table that was trained on it.
+The fine-tunes are trained here from the shipped weights; the LoRA is what ComfyUI's own extraction makes of one of them. Each has its own teacher, and the
+error is to that. Beside the table stand the best named plain sampler, chosen for that very model, and a table that was trained on it.
 """
 import argparse
 import shutil
@@ -63,7 +63,10 @@ class Relative:
         generator = torch.Generator().manual_seed(prompt_seed)
         texts, words = prompts(draw_names(count, generator, unseen_pairs)), list(DRAWINGS)
         if self.third:
-            texts = [f"{text if ' and ' in text else f'{text} and {words[i]}'} and {words[j]}" for text, (i, j) in zip(texts, torch.randint(len(words), (count, 2), generator=generator).tolist(), strict=True)]
+            texts = [
+                f"{text if ' and ' in text else f'{text} and {words[i]}'} and {words[j]}"
+                for text, (i, j) in zip(texts, torch.randint(len(words), (count, 2), generator=generator).tolist(), strict=True)
+            ]
         return parts_of(self.model, self.clip, texts, SIZES.get(self.name, SIZE))
 
     @cached_property
@@ -74,11 +77,11 @@ class Relative:
 def run(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench generality", description=__doc__)
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
-    parser.add_argument("--test", type=int, default=512, help="test pairs")
+    parser.add_argument("--test", type=int, default=256, help="test pairs")
     parser.add_argument("--validation", type=int, default=64, help="pairs on which the plain sampler is chosen")
-    parser.add_argument("--pictures", type=int, default=512, help="training pairs of a model's own table, at each cfg")
-    parser.add_argument("--iterations", type=int, default=120, help="optimiser steps of it")
-    parser.add_argument("--images", type=int, default=64_000, help="scenes that a fine-tune sees")
+    parser.add_argument("--pictures", type=int, default=256, help="training pairs of a model's own table, at each cfg")
+    parser.add_argument("--iterations", type=int, default=40, help="optimiser steps of it")
+    parser.add_argument("--images", type=int, default=16_000, help="scenes that a fine-tune sees")
     parser.add_argument("--guidance", type=float, default=1.9, help="cfg inside the fine-tune's answers, as in the base's last images")
     parser.add_argument("--compile", action="store_true", help="fine-tune in half the time, where a C++ compiler is at hand")
     told = parser.parse_args(arguments)
@@ -92,9 +95,20 @@ def run(arguments: list[str]) -> dict:
             errors = errors_at(relative, cfg, folder, told, embeddings, name_of(table))
             rows[f"{relative.name}, cfg {cfg:g}"] = row_of(errors)
     show(rows, prints)
-    result = dict(model=told.model, worst_ratio=max(row["ratio"][0] for row in rows.values()), least_kept=min(row["kept"] for row in rows.values() if "kept" in row))
-    write_result(f"generality-{told.model}", result | dict(weights=name_of(weights_file(told.model)), table=name_of(table), told={name: getattr(told, name) for name in ("test", "pictures", "iterations", "images")},
-                                                          weights_differ={name: round(value, 4) for name, value in prints.items()}, rows=rows))
+    result = dict(
+        model=told.model, worst_ratio=max(row["ratio"][0] for row in rows.values()), least_kept=min(row["kept"] for row in rows.values() if "kept" in row)
+    )
+    write_result(
+        f"generality-{told.model}",
+        result
+        | dict(
+            weights=name_of(weights_file(told.model)),
+            table=name_of(table),
+            told={name: getattr(told, name) for name in ("test", "pictures", "iterations", "images")},
+            weights_differ={name: round(value, 4) for name, value in prints.items()},
+            rows=rows,
+        ),
+    )
     return result
 
 
@@ -120,8 +134,9 @@ def fine_tuned(told, folder: Path, name: str, flags: tuple[str, ...]) -> Path:
         shutil.copy(start, weights)
     goal = images_of(start) + told.images
     if images_of(weights) < goal:
-        subprocess.run([sys.executable, "-m", "reference.train", "--comfyui", str(Path(comfy.sd.__file__).parents[1]), "--model", told.model, "--run", str(run), "--weights", str(weights), "--images", str(goal),
-                        "--guidance", str(told.guidance), "--tune", "--warm", "2000", "--ship-every", "20000", *flags, *(["--compile"] if told.compile else [])], check=True, cwd=ROOT)
+        command = [sys.executable, "-m", "reference.train", "--comfyui", Path(comfy.sd.__file__).parents[1], "--model", told.model, "--run", run]
+        command += ["--weights", weights, "--images", goal, "--ship-every", 20_000, "--guidance", told.guidance, "--tune", "--warm", 2_000, *flags]
+        subprocess.run([str(word) for word in command + ["--compile"] * told.compile], check=True, cwd=ROOT)
     return weights
 
 

@@ -1,6 +1,7 @@
 """What only a CUDA card shows, on a network of SD 1.5's size: what a table costs in sampling, and what a distillation costs in time and memory.
 
-The weights are random, as neither depends on what is drawn; the latents are 64 × 64, the numbers float16. With --memory the card holds no more than that, as one that artists have does.
+The weights are random, as neither depends on what is drawn; the latents are 64 × 64, the numbers float16. With --memory the card holds no more than that, as
+one that artists have does.
 """
 import argparse
 import time
@@ -18,9 +19,25 @@ from .overhead import ratios_of
 from .parts import TEACHER_STEPS, Parts, write_result
 
 GUIDANCE, BUDGET = 7.5, 60_000
-SD15 = dict(image_size=32, in_channels=4, out_channels=4, num_res_blocks=[2, 2, 2, 2], channel_mult=[1, 2, 4, 4], transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1,
-            transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], context_dim=768, num_heads=8, use_spatial_transformer=True, use_linear_in_transformer=False, adm_in_channels=None,
-            use_checkpoint=False, legacy=False, use_temporal_attention=False, use_temporal_resblock=False)
+SD15 = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    num_res_blocks=[2, 2, 2, 2],
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+    transformer_depth_middle=1,
+    transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    context_dim=768,
+    num_heads=8,
+    use_spatial_transformer=True,
+    use_linear_in_transformer=False,
+    adm_in_channels=None,
+    use_checkpoint=False,
+    legacy=False,
+    use_temporal_attention=False,
+    use_temporal_resblock=False,
+)
 
 
 def run(arguments: list[str]) -> dict:
@@ -49,9 +66,12 @@ def run(arguments: list[str]) -> dict:
 
 
 def costs(own: Parts, iterations: int) -> dict[str, float]:
-    """Seconds of a network evaluation of the teacher and of an optimiser step of three guided steps, GiB that were in use at most, and the minutes that BUDGET evaluations are."""
+    """Seconds of a network evaluation of the teacher and of an optimiser step of three guided steps, GiB that were in use at most, and the minutes that BUDGET
+    evaluations are."""
     recipe = affordable(BUDGET, GUIDANCE)
-    short = Recipe(**{**recipe.facts(), "rows": "last", "grid": "sgm_uniform", "pictures": recipe.batch, "held_out": 4, "iterations": iterations, "validate_every": 1000})
+    short = Recipe(
+        **{**recipe.facts(), "rows": "last", "grid": "sgm_uniform", "pictures": recipe.batch, "held_out": 4, "iterations": iterations, "validate_every": 1000}
+    )
     ends: dict[str, list[float]] = {}
 
     def progress(stage: str, done: int, total: int, **facts) -> None:
@@ -73,7 +93,13 @@ def random_parts(channels: int, dtype: torch.dtype = torch.float16) -> Parts:
     family = comfy.supported_models.SD15(dict(SD15, model_channels=channels, dtype=dtype))
     model, generator = family.get_model({}, "model."), torch.Generator().manual_seed(0)
     for name, value in model.diffusion_model.named_parameters():
-        flat = torch.ones(value.shape) if value.dim() == 1 and name.endswith("weight") else torch.zeros(value.shape) if value.dim() == 1 else torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        flat = (
+            torch.ones(value.shape)
+            if value.dim() == 1 and name.endswith("weight")
+            else torch.zeros(value.shape)
+            if value.dim() == 1
+            else torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
+        )
         value.data = flat.to(dtype)
     text = lambda: [[torch.randn(1, 77, SD15["context_dim"], generator=generator), {}]]
     return Parts(as_patcher(model), [text()], text(), torch.zeros(1, 4, 64, 64))

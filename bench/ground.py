@@ -1,4 +1,5 @@
-"""What all ways of sampling that are compared at one cfg have in common: the teacher's pictures, pairs to choose, train and stop by, a judge, and a folder where each stage is kept."""
+"""What all ways of sampling that are compared at one cfg have in common: the teacher's pictures, pairs to choose, train and stop by, a judge, and a folder
+where each stage is kept."""
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.Ar
     parser.add_argument("--cfg", type=float, nargs="+", default=list(cfgs), help="one of these alone may also run in a second process beside")
     parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
     parser.add_argument("--validation", type=int, default=64, help="pairs on which plain solvers and grids are chosen")
-    parser.add_argument("--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds")
+    parser.add_argument(
+        "--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds"
+    )
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
     parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
     return parser

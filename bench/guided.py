@@ -1,7 +1,8 @@
-"""Which steps need the pair that guidance takes? Tables that guide in some steps only, beside one that guides in all, of the same cfg, pairs and optimiser steps.
+"""Which steps need the pair that guidance takes? Tables that guide in some steps only, beside one that guides in all, of the same cfg, pairs and optimiser
+steps.
 
-Error on unseen pairs, and as sets against the teacher's of other noise. Before it, how much of what guidance adds to an answer can offsets give at all (traps 37): the share of E|D_cfg − D_cond|²,
-cross-fitted, on the teacher's own states.
+Error on unseen pairs, and as sets against the teacher's of other noise. Before it, how much of what guidance adds to an answer can offsets give at all (traps
+37): the share of E|D_cfg − D_cond|², cross-fitted, on the teacher's own states.
 """
 import argparse
 from dataclasses import replace
@@ -45,7 +46,9 @@ def run(arguments: list[str]) -> dict:
     told = parser.parse_args(arguments)
     folder = ROOT / "runs" / "bench" / f"guided-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}-{told.count}"
     seen, own = parts(1, 1024, False, told.model), parts(5, told.count // SEEDS, True, told.model)
-    train, held_out = (stage(folder, name, teacher_pairs, seen, count, told.cfg, seed) for name, count, seed in (("train", told.pictures, 1), ("held-out", 128, 2)))
+    train, held_out = (
+        stage(folder, name, teacher_pairs, seen, count, told.cfg, seed) for name, count, seed in (("train", told.pictures, 1), ("held-out", 128, 2))
+    )
     test, other = (stage(folder, name, teacher_pairs, own, told.count, told.cfg, seed) for name, seed in (("test", 2001), ("other", 2002)))
     judge = Judge(told.model, told.count // SEEDS)
     judge.against(test.end, other.end)
@@ -63,10 +66,20 @@ def run(arguments: list[str]) -> dict:
     above = {name: row["fd"] - rows["teacher"]["fd"] for name, row in rows.items()}
     best = min((name for name, row in rows.items() if row["evaluations"] == rows[PAIRS]["evaluations"] and name != PAIRS), key=above.get)
     shares = stage(folder, "shares", guidance_shares, seen, told.cfg)
-    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), folded_vs_pairs=round(above[SINGLE] / above[PAIRS], 4), best=best, best_vs_pairs=round(above[best] / above[PAIRS], 4),
-                  folded_vs_pairs_error=round(rows[SINGLE]["error pooled"] / rows[PAIRS]["error pooled"], 4), best_vs_pairs_error=round(rows[best]["error pooled"] / rows[PAIRS]["error pooled"], 4),
-                  share_of_guidance={f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()})
-    write_result(f"guided-{told.model}-cfg{told.cfg:g}", result | dict(pictures=told.pictures, iterations=told.iterations, count=told.count, rows=rounded(rows)))
+    result = dict(
+        model=told.model,
+        cfg=told.cfg,
+        weights=name_of(weights_file(told.model)),
+        folded_vs_pairs=round(above[SINGLE] / above[PAIRS], 4),
+        best=best,
+        best_vs_pairs=round(above[best] / above[PAIRS], 4),
+        folded_vs_pairs_error=round(rows[SINGLE]["error pooled"] / rows[PAIRS]["error pooled"], 4),
+        best_vs_pairs_error=round(rows[best]["error pooled"] / rows[PAIRS]["error pooled"], 4),
+        share_of_guidance={f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()},
+    )
+    write_result(
+        f"guided-{told.model}-cfg{told.cfg:g}", result | dict(pictures=told.pictures, iterations=told.iterations, count=told.count, rows=rounded(rows))
+    )
     return result
 
 

@@ -37,13 +37,18 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--table", type=Path, help="default: the model's own")
     parser.add_argument("--cfg", type=float, help="only what is of this cfg, for a second process beside; the report needs both")
-    parser.add_argument("--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run")
+    parser.add_argument(
+        "--until", choices=("rivals", "tables", "report"), default="report", help="stop after the plain rivals or the tables, kept for the next run"
+    )
     told = parser.parse_args(arguments)
     told.table = told.table or table_file(told.model)
     cfgs = CFGS if told.cfg is None else (told.cfg,)
     folder = ROOT / "runs" / "bench" / f"heldout-{name_of(weights_file(told.model))}-{told.validation}-{told.test}-{told.search}"
     seen, fresh = parts(1, 1024, False, told.model), {"validation": parts(2, told.validation, True, told.model), "test": parts(3, told.test, True, told.model)}
-    pairs = {split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs} for split in fresh}
+    pairs = {
+        split: {cfg: stage(folder, f"pairs-{split}-{cfg:g}", teacher_pairs, fresh[split], getattr(told, split), cfg, 1000 + len(split)) for cfg in cfgs}
+        for split in fresh
+    }
     plain = {cfg: stage(folder, f"named-{cfg:g}", named, fresh["validation"], pairs["validation"][cfg]) for cfg in cfgs}
     free = {cfg: stage(folder, f"free-{cfg:g}", free_rival, fresh["validation"], pairs["validation"][cfg], told.search) for cfg in cfgs}
     if told.until == "rivals":
@@ -51,13 +56,23 @@ def run(arguments: list[str]) -> dict:
     train = {cfg: stage(folder, f"pairs-train-{cfg:g}-{told.pictures}", teacher_pairs, seen, told.pictures, cfg, 1) for cfg in cfgs}
     held_out = {cfg: stage(folder, f"pairs-held-out-{cfg:g}", teacher_pairs, seen, 128, cfg, 2) for cfg in cfgs}
     tables = {f"offsets with rows, {solver}": (solver, "last") for solver in SAME} | {"offsets only, euler": ("euler", "solver")}
-    made = {name: {cfg: stage(folder, f"table-{solver}-{rows}-{cfg:g}-{told.pictures}-{told.iterations}", train_table, seen, solver, named_grid_of(folder, solver), rows, train[cfg], held_out[cfg], told.iterations)
-                   for cfg in cfgs} for name, (solver, rows) in tables.items()}
+    grids = {solver: named_grid_of(folder, solver) for solver in SAME}
+    kept = lambda name, make, *arguments: stage(folder, f"{name}-{told.pictures}-{told.iterations}", make, *arguments)
+    made = {
+        name: {
+            cfg: kept(f"table-{solver}-{rows}-{cfg:g}", train_table, seen, solver, grids[solver], rows, train[cfg], held_out[cfg], told.iterations)
+            for cfg in cfgs
+        }
+        for name, (solver, rows) in tables.items()
+    }
     if told.until == "tables":
         return {"cfg": cfgs}
     shipped = load_embeddings(told.table)
-    errors = {cfg: stage(folder, f"test-{cfg:g}-{name_of(told.table)}-{told.pictures}-{told.iterations}", errors_at, cfg, folder, fresh["test"], pairs["test"][cfg], plain[cfg], free[cfg],
-                         {SHIPPED: shipped} | {label: Embeddings({STEPS: own[cfg]}, Recipe().space) for label, own in made.items()}) for cfg in cfgs}
+    every = lambda cfg: {SHIPPED: shipped} | {label: Embeddings({STEPS: own[cfg]}, Recipe().space) for label, own in made.items()}
+    errors = {
+        cfg: kept(f"test-{cfg:g}-{name_of(told.table)}", errors_at, cfg, folder, fresh["test"], pairs["test"][cfg], plain[cfg], free[cfg], every(cfg))
+        for cfg in cfgs
+    }
     if told.cfg is not None:
         return {"cfg": cfgs}
     logs = {SHIPPED: shipped.tables[STEPS].record["log"]} | {label: joined(list(own.values())).record["log"] for label, own in made.items()}
@@ -78,8 +93,13 @@ def named(own, pairs: Trajectories, steps: int = STEPS) -> dict[str, dict[str, f
 
     def work(session):
         memory, grids = calls_of(session, pairs), named_grids(session.sampling, steps)
-        return {solver: {grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
-                         for grid, sigmas in grids.items()} for solver in SOLVERS}
+        return {
+            solver: {
+                grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
+                for grid, sigmas in grids.items()
+            }
+            for solver in SOLVERS
+        }
 
     return own.session(work)
 
@@ -148,13 +168,31 @@ def report(told, folder: Path, own, shipped: Embeddings, plain, errors, logs) ->
     result = {}
     for name, values in ratios.items():
         worst = max(values)
-        result |= {f"ratio_{name}": round(worst[0], 4), f"ratio_{name}_low": round(worst[1], 4), f"ratio_{name}_high": round(max(value[2] for value in values), 4)}
-    result |= {f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)} for name, values in ratios.items() if name != "same"}
-    result |= dict(ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)})
-    result |= dict(validation=told.validation, test=told.test, weights=name_of(weights_file(told.model)), named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME})
+        result |= {
+            f"ratio_{name}": round(worst[0], 4),
+            f"ratio_{name}_low": round(worst[1], 4),
+            f"ratio_{name}_high": round(max(value[2] for value in values), 4),
+        }
+    result |= {
+        f"ratio_{name}_by_cfg": {f"{cfg:g}": [round(value, 4) for value in values[i]] for i, cfg in enumerate(CFGS)}
+        for name, values in ratios.items()
+        if name != "same"
+    }
+    result |= dict(
+        ratio_same_by_cfg={f"{cfg:g}": {solver: round(ratios["same"][i * len(SAME) + j][0], 4) for j, solver in enumerate(SAME)} for i, cfg in enumerate(CFGS)}
+    )
+    result |= dict(
+        validation=told.validation,
+        test=told.test,
+        weights=name_of(weights_file(told.model)),
+        named_grid_of={solver: named_grid_of(folder, solver) for solver in SAME},
+    )
     rows = {f"cfg {cfg:g}": {name: summary(value) for name, value in made.items()} for cfg, made in errors.items()}
     rows[f"cfg {BETWEEN:g}"] = stage(folder, f"between-{name_of(told.table)}", between, folder, own, shipped, plain)
-    training = {name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log] for name, log in logs.items()}
+    training = {
+        name: [{key: value if isinstance(value, int) else round(value, 4) for key, value in line.items() if value is not None} for line in log]
+        for name, log in logs.items()
+    }
     show(rows, plain)
     whole = result | dict(rows=rows, named_on_validation={f"cfg {cfg:g}": plain[cfg] for cfg in CFGS}, training=training)
     write_result(f"heldout-{told.model}", whole)

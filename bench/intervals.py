@@ -1,4 +1,5 @@
-"""How sure is a comparison of sets of pictures? Pictures are drawn anew, the same ones for every way of sampling, and each way's training seeds among its own (traps 34)."""
+"""How sure is a comparison of sets of pictures? Pictures are drawn anew, the same ones for every way of sampling, and each way's training seeds among its own
+(traps 34)."""
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,8 @@ class Made:
 
 
 def largest_ratios(own: list[Made], peers: list[list[Made]], other: torch.Tensor, draws: int = 300) -> dict[str, tuple[float, float]]:
-    """{"fd", "error"}: 95 % interval of the largest of the peers' ratios own ÷ peer, of the Fréchet distance to `other` [M, F] and of the root of the mean squared error.
-    A list has one `Made` for each training seed; a way's value is their mean. The ratio to one peer where the list has one."""
+    """{"fd", "error"}: 95 % interval of the largest of the peers' ratios own ÷ peer, of the Fréchet distance to `other` [M, F] and of the root of the mean
+    squared error. A list has one `Made` for each training seed; a way's value is their mean. The ratio to one peer where the list has one."""
     generator, found = torch.Generator().manual_seed(0), {"fd": [], "error": []}
     for _ in range(draws):
         index = torch.randint(len(own[0].squared), (len(own[0].squared),), generator=generator)
@@ -30,4 +31,6 @@ def largest_ratios(own: list[Made], peers: list[list[Made]], other: torch.Tensor
 def means(way: list[Made], index: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> tuple[float, float]:
     """(Fréchet distance, root of the mean squared error) of the pictures `index`, the mean of as many seeds as there are, drawn anew."""
     drawn = [way[i] for i in torch.randint(len(way), (len(way),), generator=generator)]
-    return sum(frechet(made.features[index], other) for made in drawn) / len(drawn), sum(float(made.squared[index].mean().sqrt()) for made in drawn) / len(drawn)
+    distances = [frechet(made.features[index], other) for made in drawn]
+    errors = [float(made.squared[index].mean().sqrt()) for made in drawn]
+    return sum(distances) / len(drawn), sum(errors) / len(drawn)

@@ -27,8 +27,8 @@ def run(arguments: list[str]) -> dict:
 
 
 def ratios_of(own: Parts, pairs: int, batch: int, space: str) -> dict[str, float]:
-    """Time of a sampling of three steps at cfg 4 with a table ÷ without: of a table that has a sampler of its own, as one whose rows were learned, or one that goes with ComfyUI's Euler ("named"); and
-    of without ÷ without ("noise")."""
+    """Time of a sampling of three steps at cfg 4 with a table ÷ without: of a table that has a sampler of its own, as one whose rows were learned, or one that
+    goes with ComfyUI's Euler ("named"); and of without ÷ without ("noise")."""
     shuffle = random.Random(0)
     with torch.inference_mode():
         sigmas, sampler = named_grids(own.model.get_model_object("model_sampling"), 3)["sgm_uniform"], comfy.samplers.sampler_object("euler")
@@ -36,7 +36,8 @@ def ratios_of(own: Parts, pairs: int, batch: int, space: str) -> dict[str, float
         learned.tables[3].learned = [learned.tables[3].tableau]
 
         def seconds(model, sampler) -> float:
-            latent(own, sampler, sigmas, 4.0, 1, model)  # neither ComfyUI's switch from one clone to another nor the check that a new schedule gets once is timed
+            # Neither ComfyUI's switch from one clone to another nor the check that a new schedule gets once is timed.
+            latent(own, sampler, sigmas, 4.0, 1, model)
             begin = time.perf_counter()
             latent(own, sampler, sigmas, 4.0, batch, model)
             return time.perf_counter() - begin

@@ -1,6 +1,8 @@
-"""Pictures of one's own model, in folders: a student's against the teacher's of the same prompts and noise (equal file names), and as a set against the teacher's of other noise.
+"""Pictures of one's own model, in folders: a student's against the teacher's of the same prompts and noise (equal file names), and as a set against the
+teacher's of other noise.
 
-Error, spectrum and sliced Wasserstein distance are those of `quality`. FID and KID by torch-fidelity and LPIPS by torchmetrics, where their weights are in torch's hub folder (TORCH_HOME), the CLIP score with a model's folder: nothing is fetched.
+Error, spectrum and sliced Wasserstein distance are those of `quality`. FID and KID by torch-fidelity and LPIPS by torchmetrics, where their weights are in
+torch's hub folder (TORCH_HOME), the CLIP score with a model's folder: nothing is fetched.
 """
 import argparse
 import json
@@ -23,7 +25,9 @@ def run(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench pictures", description=__doc__)
     parser.add_argument("student", type=Path, help="folder of pictures, all of one size")
     parser.add_argument("--teacher", type=Path, help="the teacher's of the same prompts and noise, with the same file names: error, LPIPS")
-    parser.add_argument("--other", type=Path, help="the teacher's of other noise: spectrum, swd, FID, KID; sets of the same noise would be compared by their errors")
+    parser.add_argument(
+        "--other", type=Path, help="the teacher's of other noise: spectrum, swd, FID, KID; sets of the same noise would be compared by their errors"
+    )
     parser.add_argument("--prompts", type=Path, help="JSON {file name: prompt}: the CLIP score, with --clip")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP model as transformers saves one")
     parser.add_argument("--lpips", choices=list(BACKBONES), default="alex")
@@ -92,14 +96,25 @@ def inception_distances(student: Path, other: Path, weights: Path, count: int) -
     """FID and KID (mean) of the files in two folders."""
     from torch_fidelity import calculate_metrics
 
-    kept = calculate_metrics(input1=str(student), input2=str(other), fid=True, kid=True, kid_subset_size=min(1000, count), cuda=torch.cuda.is_available(), cache=False, verbose=False,
-                             feature_extractor_weights_path=str(weights), samples_find_ext=",".join(kind[1:] for kind in KINDS))
+    kept = calculate_metrics(
+        input1=str(student),
+        input2=str(other),
+        fid=True,
+        kid=True,
+        kid_subset_size=min(1000, count),
+        cuda=torch.cuda.is_available(),
+        cache=False,
+        verbose=False,
+        feature_extractor_weights_path=str(weights),
+        samples_find_ext=",".join(kind[1:] for kind in KINDS),
+    )
     return dict(fid=float(kept["frechet_inception_distance"]), kid=float(kept["kernel_inception_distance_mean"]))
 
 
 @torch.no_grad()
 def clip_score(pictures: dict[str, torch.Tensor], prompts: dict[str, str], folder: Path) -> float:
-    """100 · cosine of picture and prompt in CLIP, at least 0, mean over pictures (Hessel et al. 2021; torchmetrics 1.9 does not know what transformers 5 answers)."""
+    """100 · cosine of picture and prompt in CLIP, at least 0, mean over pictures (Hessel et al. 2021; torchmetrics 1.9 does not know what transformers 5
+    answers)."""
     from transformers import CLIPModel, CLIPProcessor
 
     model, processor, scores = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder), []

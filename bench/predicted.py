@@ -1,4 +1,5 @@
-"""Does `trainer diagnose` say before a training what it will give? The share of the squared error, of what the searched σ and coefficients leave, that it says offsets and coefficients remove, and that a trained table removed, at several numbers of steps."""
+"""Does `trainer diagnose` say before a training what it will give? The share of the squared error, of what the searched σ and coefficients leave, that it says
+offsets and coefficients remove, and that a trained table removed, at several numbers of steps."""
 import argparse
 
 from mteo.comfyui.diagnosis import diagnose_model
@@ -24,9 +25,16 @@ def run(arguments: list[str]) -> dict:
     for steps in told.steps:
         recipe = Recipe(steps=steps, guidance=(told.cfg,), pictures=told.pictures, iterations=told.iterations)
         table = stage(folder, f"table-{steps}", searched_and_trained, seen, recipe, train, held_out)
-        [found] = stage(folder, f"diagnosis-{steps}-{told.trajectories}", diagnose_model, seen.model, seen.positives, seen.negative, seen.latent, recipe, told.trajectories, table)
-        rows[steps] = dict(predicted=round(found.offsets, 4), achieved=round(found.achieved, 4), plain=round(list(found.errors.values())[-2], 4), table=round(found.table, 4))
+        asked = seen.model, seen.positives, seen.negative, seen.latent
+        [found] = stage(folder, f"diagnosis-{steps}-{told.trajectories}", diagnose_model, *asked, recipe, told.trajectories, table)
+        row = dict(predicted=found.offsets, achieved=found.achieved, plain=list(found.errors.values())[-2], table=found.table)
+        rows[steps] = {key: round(value, 4) for key, value in row.items()}
         print(f"{steps} steps: {rows[steps]}", flush=True)
-    result = dict(predicted_minus_achieved=round(max((row["predicted"] - row["achieved"] for row in rows.values()), key=abs), 4), model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)))
+    result = dict(
+        predicted_minus_achieved=round(max((row["predicted"] - row["achieved"] for row in rows.values()), key=abs), 4),
+        model=told.model,
+        cfg=told.cfg,
+        weights=name_of(weights_file(told.model)),
+    )
     write_result(f"predicted-{told.model}-cfg{told.cfg:g}", result | {"rows": rows})
     return result

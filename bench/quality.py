@@ -22,10 +22,17 @@ from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways, matched
 
 def run(arguments: list[str]) -> dict:
     parser = parser_of("quality", __doc__, CFGS)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler")
+    parser.add_argument(
+        "--budgets", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler"
+    )
     parser.add_argument("--lcm", type=int, default=150_000, help="evaluations of LCM-LoRA, which changes the weights too; 0: without it")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer; a bound has one")
-    parser.add_argument("--best", type=int, default=1, help="trainings of the table at a peer's cost and of the three peers with the least error on held-out pairs, where that is more")
+    parser.add_argument(
+        "--best",
+        type=int,
+        default=1,
+        help="trainings of the table at a peer's cost and of the three peers with the least error on held-out pairs, where that is more",
+    )
     parser.add_argument("--table", type=Path, help="default: the model's own")
     told = parser.parse_args(arguments)
     told.table = told.table or table_file(told.model)
@@ -47,8 +54,9 @@ def planned(told) -> int:
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
-    trained = ((len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)) * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + told.bound + told.lcm + 2 * STEPS * told.count) if told.peers else 0
-    return round(sum(one * (1 if cfg == 1 else 2) + trained for cfg in told.cfg))
+    trainings = len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)
+    trained = trainings * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + told.bound + told.lcm + 2 * STEPS * told.count
+    return round(sum(one * (1 if cfg == 1 else 2) + (trained if told.peers else 0) for cfg in told.cfg))
 
 
 def intervals_of(sets: dict[str, Judged], other: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -82,11 +90,17 @@ def plain_of(rows: dict) -> dict[int, dict]:
 
 
 def keys_of(result: dict, intervals: dict) -> dict:
-    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is not behind in
-    Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its first step for nothing, the same where all have, each
-    with its interval, and the share of the way from the plain sampler to SFD."""
+    """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is
+    not behind in Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its
+    first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to SFD."""
     def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
-        return dict(plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in plain.items()}), diversity=row["diversity"] / teacher["diversity"], recall=row["recall"] / teacher["recall"], spectrum=row["spectrum"], fd=row["fd"])
+        return dict(
+            plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in plain.items()}),
+            diversity=row["diversity"] / teacher["diversity"],
+            recall=row["recall"] / teacher["recall"],
+            spectrum=row["spectrum"],
+            fd=row["fd"],
+        )
 
     keys = {}
     for cfg, rows in result.items():
@@ -98,7 +112,9 @@ def keys_of(result: dict, intervals: dict) -> dict:
         if bound := rows.get(f"{SFD}, 3"):
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 for analytic in ("", methods.ANALYTIC):
-                    own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic))
+                    own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(
+                        over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic)
+                    )
                 start = plain[STEPS][measure]
                 own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound[measure]) for name, row in (("", mteo), ("guided_", guided)) if row}
     lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
@@ -106,7 +122,9 @@ def keys_of(result: dict, intervals: dict) -> dict:
         own |= {f"{name}_{end}": bound for name, interval in intervals[cfg].items() for end, bound in zip(("low", "high"), interval, strict=True)}
     names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum") or name.startswith("vs_peers")]
     worst = {name: (min if name in lowest else max)(own[name] for own in keys.values()) for name in names}
-    return {name: round(value, 4) for name, value in worst.items()} | {"by_cfg": {cfg: {name: round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}}
+    return {name: round(value, 4) for name, value in worst.items()} | {
+        "by_cfg": {cfg: {name: round(value, 4) for name, value in own.items()} for cfg, own in keys.items()}
+    }
 
 
 def show(result: dict) -> None:
@@ -117,18 +135,30 @@ def show(result: dict) -> None:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Fréchet distance above the teacher's own and error of all that takes three evaluations (cfg 1) or pairs of them, the best plain samplers of more as lines."""
+    """Fréchet distance above the teacher's own and error of all that takes three evaluations (cfg 1) or pairs of them, the best plain samplers of more as
+    lines."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    shown = {cfg: {name.removesuffix(f", {STEPS}"): row for name, row in rows.items() if name.endswith(f", {STEPS}") or name.startswith(f"plain {STEPS}, ") or name == GUIDED} for cfg, rows in result.items()}
+    shown = {
+        cfg: {
+            name.removesuffix(f", {STEPS}"): row
+            for name, row in rows.items()
+            if name.endswith(f", {STEPS}") or name.startswith(f"plain {STEPS}, ") or name == GUIDED
+        }
+        for cfg, rows in result.items()
+    }
     heights = [1 + 0.24 * len(rows) for rows in shown.values()]
     figure, axes = plt.subplots(len(result), 2, figsize=(12, sum(heights)), layout="constrained", squeeze=False, height_ratios=heights)
     for line, (cfg, rows) in zip(axes, shown.items(), strict=True):
-        for axis, (measure, floor, label) in zip(line, (("fd", result[cfg]["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")), strict=True):
+        for axis, (measure, floor, label) in zip(
+            line,
+            (("fd", result[cfg]["teacher"]["fd"], "Fréchet distance above the teacher's own"), ("error pooled", 0.0, "error to the teacher (nRMSE)")),
+            strict=True,
+        ):
             values = {name: max(row[measure] - floor, 1e-4) for name, row in sorted(rows.items(), key=lambda entry: -entry[1][measure])}
             colours = ["tab:red" if name.startswith("MTEO") else "black" if name in (SFD, LCM) else "tab:blue" for name in values]
             axis.scatter(list(values.values()), list(values), c=colours, zorder=2)
@@ -138,9 +168,15 @@ def plot(result: dict, path: Path) -> None:
                 axis.axvline(at, color="0.7", linestyle="--", linewidth=1, zorder=1)
                 axis.text(at, 1 + 0.025 * (number % 3), str(steps), transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="0.4")
             axis.set(xlabel=label, xscale="log")
-            axis.xaxis.set(major_locator=ticker.LogLocator(subs=(1,) if measure == "fd" else (1, 2, 5)), major_formatter=ticker.StrMethodFormatter("{x:g}"), minor_formatter=ticker.NullFormatter())
+            axis.xaxis.set(
+                major_locator=ticker.LogLocator(subs=(1,) if measure == "fd" else (1, 2, 5)),
+                major_formatter=ticker.StrMethodFormatter("{x:g}"),
+                minor_formatter=ticker.NullFormatter(),
+            )
             axis.tick_params(axis="y", labelsize=8)
             axis.grid(alpha=0.3, axis="y")
-        line[0].set_title(f"{cfg}, {STEPS} {'evaluations' if cfg == 'cfg 1' else 'pairs'} (dashed: plain with more; black: other weights)", loc="left", pad=30, fontsize=10)
+        line[0].set_title(
+            f"{cfg}, {STEPS} {'evaluations' if cfg == 'cfg 1' else 'pairs'} (dashed: plain with more; black: other weights)", loc="left", pad=30, fontsize=10
+        )
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -1,4 +1,5 @@
-"""Every way of sampling that `bench quality` and `bench budgets` compare, for one model and cfg: trained once, its set of pictures judged once. Of a set its measures are kept, not its pictures."""
+"""Every way of sampling that `bench quality` and `bench budgets` compare, for one model and cfg: trained once, its set of pictures judged once. Of a set its
+measures are kept, not its pictures."""
 from functools import cached_property, partial
 
 from mteo.comfyui.patch import choose_table
@@ -15,7 +16,8 @@ from .judge import Judged
 from .parts import TEACHER_STEPS, ends_of, guided_table_file, name_of, named_grids, solver_tableau, teacher_pairs, train_embeddings
 from .peers import methods
 
-FREE, MTEO, EQUAL, GUIDED, SFD, LCM = f"plain with free grid and rows, {STEPS}", f"MTEO, {STEPS}", "MTEO at a peer's cost", "MTEO, 4 guided in 1 and 3", "SFD", "LCM-LoRA"
+FREE, MTEO, EQUAL = f"plain with free grid and rows, {STEPS}", f"MTEO, {STEPS}", "MTEO at a peer's cost"
+GUIDED, SFD, LCM = "MTEO, 4 guided in 1 and 3", "SFD", "LCM-LoRA"
 
 
 def seeded(name: str, steps: int, seed: int = 0) -> str:
@@ -44,7 +46,8 @@ class Ways:
     @cached_property
     def through(self) -> Trajectories:
         """The bounds' training pairs, with the teacher's states at SFD's inner σ."""
-        return self.stage(f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, tuple(self.sigmas))
+        name, through = f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", tuple(self.sigmas)
+        return self.stage(name, teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, through)
 
     @cached_property
     def plain(self) -> dict[int, dict]:
@@ -104,7 +107,9 @@ class Ways:
 
     def table_sets(self) -> dict[str, Judged]:
         """Tables that took as many evaluations to make as a peer."""
-        return {seeded(EQUAL + analytic, self.steps, seed): self.table_set(analytic, seed) for analytic in ("", methods.ANALYTIC) for seed in range(self.trainings)}
+        return {
+            seeded(EQUAL + analytic, self.steps, seed): self.table_set(analytic, seed) for analytic in ("", methods.ANALYTIC) for seed in range(self.trainings)
+        }
 
     def table_set(self, analytic: str, seed: int) -> Judged:
         return self._table(f"equal-ends{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", lambda: self.equal(analytic, seed))
@@ -113,10 +118,12 @@ class Ways:
         """A table that takes as many evaluations to make as a peer, its search included."""
         start, recipe = self.equal_start(analytic, seed)
         pairs = self.stage(f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
-        return self.stage(f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
+        name = f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}"
+        return self.stage(name, train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
 
     def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
-        start, spent = self.stage(f"peers-start{analytic}-{self.cfg:g}{self.tag}", searched, self.seen, self.ground.held_out.part(slice(0, SEARCHED)), bool(analytic), self.steps)
+        few = self.ground.held_out.part(slice(0, SEARCHED))
+        start, spent = self.stage(f"peers-start{analytic}-{self.cfg:g}{self.tag}", searched, self.seen, few, bool(analytic), self.steps)
         return start, affordable(self.told.peers - spent, self.cfg, seed, steps=self.steps)
 
     def peer_sets(self) -> dict[str, Judged]:
@@ -124,12 +131,17 @@ class Ways:
         return {seeded(name, self.steps, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
 
     def peer_set(self, name: str, seed: int) -> Judged:
-        return self.judged(f"peer-ends-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.ground.pairs))
+        return self.judged(f"peer-ends-{self.of(name, seed)}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.ground.pairs))
 
     def peer(self, name: str, seed: int) -> dict:
         """A trained peer; a seed above 0 takes the rate that seed 0 found."""
         rate = self.peer(name, 0)["rate"] if seed else None
-        return self.stage(f"peer-{name}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}", methods.train, self.seen, name, self.ground.train, self.ground.held_out, self.plain, self.told.peers, seed, rate, self.steps)
+        pairs = self.ground.train, self.ground.held_out
+        return self.stage(f"peer-{self.of(name, seed)}", methods.train, self.seen, name, *pairs, self.plain, self.told.peers, seed, rate, self.steps)
+
+    def of(self, peer: str, seed: int) -> str:
+        """What a peer's stages are called after."""
+        return f"{peer}-{self.cfg:g}-{self.told.peers}-{self.told.pairs}-{seed}{self.tag}"
 
     @property
     def trainings(self) -> int:

@@ -41,9 +41,10 @@ class OffsetsShare:
 def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, rounds: int = 4, iterations: int = 8, progress=None) -> OffsetsShare:
     """What the best offsets remove beyond `offsets` as they are. From below: a training sees more pictures than these.
 
-    ends(part, offsets) -> end points of the pictures `part`, differentiable. Gauss–Newton: each round solves the linearised problem by conjugate gradients (`steps`), goes there, and
-    is counted by the end points that the network really gives there, so that no share is promised that only a straight line has. Stopping early is the regulariser: a round takes the
-    iteration that is best on the other halves, and the last round is the last that is better there, the whole way, half or a quarter of it.
+    ends(part, offsets) -> end points of the pictures `part`, differentiable. Gauss–Newton: each round solves the linearised problem by conjugate gradients
+    (`steps`), goes there, and is counted by the end points that the network really gives there, so that no share is promised that only a straight line has.
+    Stopping early is the regulariser: a round takes the iteration that is best on the other halves, and the last round is the last that is better there, the
+    whole way, half or a quarter of it.
     """
     both = halves(len(target))
     at, reduction = [dict(offsets), dict(offsets)], {path: 0.0 for path in offsets}
@@ -81,11 +82,18 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
     return OffsetsShare(share[1:], share[-1], {path: value / max(whole, 1e-30) for path, value in reduction.items()})
 
 
-def steps(ends, half: tuple[torch.Tensor, torch.Tensor], offsets: dict[str, torch.Tensor], left: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor, iterations: int) -> list[tuple[dict, float, dict]]:
+def steps(
+    ends,
+    half: tuple[torch.Tensor, torch.Tensor],
+    offsets: dict[str, torch.Tensor],
+    left: tuple[torch.Tensor, torch.Tensor],
+    target: torch.Tensor,
+    iterations: int,
+) -> list[tuple[dict, float, dict]]:
     """After each iteration: (Δ, what is then left of the other half's squared error to first order, gᵀΔ of each site).
 
-    Conjugate gradients on min Σ_i |r_i − J_iΔ|² / |r_i|² (docs/theory.md §3; Hestenes & Stiefel 1952, as CGLS): Jᵀ by a backward pass, J by a finite difference; without the weights a few
-    hard pictures rule the sum [26]."""
+    Conjugate gradients on min Σ_i |r_i − J_iΔ|² / |r_i|² (docs/theory.md §3; Hestenes & Stiefel 1952, as CGLS): Jᵀ by a backward pass, J by a finite
+    difference; without the weights a few hard pictures rule the sum [26]."""
     (fit, test), (left, rest), made = half, left, []
     plain, plain_rest = target[fit] - left, target[test] - rest
     weight = 1 / left.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (left.dim() - 1))

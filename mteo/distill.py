@@ -79,7 +79,8 @@ def rows_of(recipe: Recipe, tableau: Tableau) -> dict[str, torch.Tensor]:
 
 
 def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
-    """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 … D_{j−1}."""
+    """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 …
+    D_{j−1}."""
     calls = len(tableau.sigmas)
     unit = torch.full((calls, calls + 1), ROW_UNIT).tril(1)
     unit[:, 0] /= float(tableau.start_sigma)
@@ -112,9 +113,10 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
             state: State | None = None, progress=None) -> tuple[dict[str, torch.Tensor], Tableau, State]:
     """Train `offsets` (the tensors [R, D] that `denoise` reads, changed in place) and return the best of the validation.
 
-    denoise(x, call, sigma, batch) -> D, `batch` a part of the trajectories. perceive(x, noise, batch) -> what the plain network's blocks make of pictures x, for
-    `unlikeness`; None where the error of the latents is all that counts. progress(state, line) is called after every step, `line` being a dict after a validation and else None; it
-    may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of its rows, state).
+    denoise(x, call, sigma, batch) -> D, `batch` a part of the trajectories. perceive(x, noise, batch) -> what the plain network's blocks make of pictures x,
+    for `unlikeness`; None where the error of the latents is all that counts. progress(state, line) is called after every step, `line` being a dict after a
+    validation and else None; it may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of its rows,
+    state).
     """
     calls, spread = len(tableau.sigmas), float(train.end.cpu().double().std())
     parameters = {path: value.requires_grad_(True) for path, value in offsets.items()}
@@ -204,8 +206,8 @@ def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: 
 
 
 def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe, room: Room) -> dict[str, float]:
-    """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites and one for the rows: that at which it
-    is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
+    """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites and one for the
+    rows: that at which it is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
     slopes, whole = {path: torch.zeros(value.shape, dtype=torch.float64) for path, value in parameters.items()}, 0.0
     for part in (pairs.part(slice(begin, begin + recipe.batch)) for begin in range(0, len(pairs), recipe.batch)):
 
@@ -255,7 +257,8 @@ def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: in
 
 
 def keep_best(state: State, parameters, tableau, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
-    """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small: a few hard pictures rule the pooled error, which is what is told."""
+    """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small: a few hard pictures rule the pooled error, which
+    is what is told."""
     load(parameters, state.averaged if state.iteration else state.offsets)
     with torch.no_grad():
         errors, unlike = evaluate(denoise, perceive, corrected(tableau, parameters), validation)
@@ -264,7 +267,11 @@ def keep_best(state: State, parameters, tableau, denoise, perceive, validation, 
         state.best_score, state.best_error = score, error
         state.best_offsets = {path: value.detach().clone() for path, value in parameters.items()}
     load(parameters, state.offsets)
-    state.log.append(dict(iteration=state.iteration, loss=loss, held_out=error, mean=float(errors.mean()), median=float(errors.median()), unlike=unlike, best=state.best_error))
+    state.log.append(
+        dict(
+            iteration=state.iteration, loss=loss, held_out=error, mean=float(errors.mean()), median=float(errors.median()), unlike=unlike, best=state.best_error
+        )
+    )
     return state.log[-1]
 
 

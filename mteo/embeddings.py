@@ -24,9 +24,11 @@ class Table:
     """What was learned for one number of steps, at G cfg values; between them it is interpolated, beyond them the end one holds.
 
     sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
-    solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`). guidance: the G cfg values, rising.
-    offsets: site path -> [G, R, D]. learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau, whose σ and
-    mean are the means of theirs, only say where in the schedule a call is, and what strength 0 is. record: how it was trained (JSON).
+    solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`).
+    guidance: the G cfg values, rising. offsets: site path -> [G, R, D].
+    learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau,
+        whose σ and mean are the means of theirs, only say where in the schedule a call is, and what strength 0 is.
+    record: how it was trained (JSON).
     guided: which rows, from 1, evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """
 
@@ -48,7 +50,8 @@ class Table:
         return alone_of(self.guided, self.tableau.rows)
 
     def shares(self, cfg: float) -> torch.Tensor:
-        """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours in cfg ÷ (1 + cfg); 1 at a trained value. Linear in cfg is up to a fifth worse (docs/ablations.md)."""
+        """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours in cfg ÷ (1 + cfg); 1 at a trained value. Linear in
+        cfg is up to a fifth worse (docs/ablations.md)."""
         place = lambda value: np.divide(value, np.add(value, 1))
         return torch.tensor([np.interp(place(cfg), place(self.guidance), one) for one in np.eye(len(self.guidance))], dtype=torch.float32)
 
@@ -58,7 +61,8 @@ class Table:
         return {site: (shares.to(rows) * rows).sum(0) for site, rows in self.offsets.items()}
 
     def tableau_at(self, cfg: float, strength: float = 1.0) -> Tableau:
-        """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 and more = as trained, as beyond it σ would not fall any more."""
+        """The solver in force at `cfg`, with `strength` of what was learned of it: 0 = the named solver, 1 and more = as trained, as beyond it σ would not fall
+        any more."""
         if self.learned is None:
             return self.tableau
         return between(self.tableau, self.learned, self.shares(cfg), min(strength, 1.0))
@@ -93,8 +97,16 @@ def save_embeddings(embeddings: Embeddings, path: Path) -> None:
                 tensors[f"{steps}.solver.mean"] = torch.stack([own.mean.cpu().float() for own in table.learned])
             tensors[f"{steps}.solver.told"] = torch.stack([own.sigmas.cpu().double() for own in table.learned])
         tensors[f"{steps}.solver.sigmas"] = table.tableau.sigmas.cpu().double().contiguous()
-        about[str(steps)] = dict(sigmas=table.sigmas, row_sigmas=table.tableau.row_sigmas.tolist(), timesteps=table.timesteps, solver=table.solver, guidance=table.guidance, guided=table.guided,
-                                 solver_options=table.solver_options, record=table.record)
+        about[str(steps)] = dict(
+            sigmas=table.sigmas,
+            row_sigmas=table.tableau.row_sigmas.tolist(),
+            timesteps=table.timesteps,
+            solver=table.solver,
+            guidance=table.guidance,
+            guided=table.guided,
+            solver_options=table.solver_options,
+            record=table.record,
+        )
     header = {
         **embeddings.metadata,
         "modelspec.sai_model_spec": "1.0.1",
@@ -170,16 +182,35 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
         raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
     if "solver.learned" in own:
         matrices, told, mean = own.pop("solver.learned"), own.pop("solver.told"), own.pop("solver.mean", None)
-        if matrices.shape != (len(guidance), size, size) or told.shape != (len(guidance), size - 1) or (mean is not None and (mean.dim() != 2 or len(mean) != len(guidance))):
+        if (
+            matrices.shape != (len(guidance), size, size)
+            or told.shape != (len(guidance), size - 1)
+            or (mean is not None and (mean.dim() != 2 or len(mean) != len(guidance)))
+        ):
             raise ValueError(f"the table for {steps} steps has a solver that does not fit its cfg values")
-        learned = [make_tableau(sigmas, matrix, mean if mean is None else mean[number]) for number, (sigmas, matrix) in enumerate(zip(told.tolist(), matrices, strict=True))]
+        learned = [
+            make_tableau(sigmas, matrix, mean if mean is None else mean[number])
+            for number, (sigmas, matrix) in enumerate(zip(told.tolist(), matrices, strict=True))
+        ]
         tableau = replace(tableau, mean=mean if mean is None else mean.mean(0))
         if any(one.rows != tableau.rows for one in learned):
             raise ValueError(f"the table for {steps} steps has calls at other σ than its rows")
     for site, value in own.items():
         if value.dim() != 3 or value.shape[:2] != (len(guidance), rows):
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")
-    return Table(steps, facts["sigmas"], facts["timesteps"], facts["solver"], tableau, guidance, {site: value.float() for site, value in own.items()}, learned, facts["solver_options"], facts["record"], read_guided(facts["guided"], rows))
+    return Table(
+        steps,
+        facts["sigmas"],
+        facts["timesteps"],
+        facts["solver"],
+        tableau,
+        guidance,
+        {site: value.float() for site, value in own.items()},
+        learned,
+        facts["solver_options"],
+        facts["record"],
+        read_guided(facts["guided"], rows),
+    )
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -5,8 +5,8 @@ import torch
 
 
 class Folded:
-    """Weights and biases of these normalisations for each row of gains [R, ΣC], the modules' channels side by side; made in a few calls for all of them, as a card takes as long
-    for a small call as for a large one."""
+    """Weights and biases of these normalisations for each row of gains [R, ΣC], the modules' channels side by side; made in a few calls for all of them, as a
+    card takes as long for a small call as for a large one."""
 
     def __init__(self, modules: list[torch.nn.Module], gains: torch.Tensor):
         self.modules, self.rows = modules, [[] for _ in gains]

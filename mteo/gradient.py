@@ -12,8 +12,8 @@ from .teacher import Trajectories
 
 @dataclass
 class Room:
-    """together: pictures whose evaluations are kept for the backward pass. recompute: nothing of an evaluation is kept but its input, it is made once more in the backward
-    pass (Chen et al. 2016, arXiv 1604.06174): a third more time."""
+    """together: pictures whose evaluations are kept for the backward pass. recompute: nothing of an evaluation is kept but its input, it is made once more in
+    the backward pass (Chen et al. 2016, arXiv 1604.06174): a third more time."""
 
     together: int
     recompute: bool = False
@@ -26,11 +26,15 @@ class Room:
         elif not self.recompute:
             self.recompute = True
         else:
-            raise MTEOError("The graphics card's memory does not hold one evaluation of one picture with its gradient: give a smaller latent, or close what else uses the card.")
+            raise MTEOError(
+                "The graphics card's memory does not hold one evaluation of one picture with its gradient: "
+                "give a smaller latent, or close what else uses the card."
+            )
 
 
 def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(loss, its gradient for each parameter) of loss_of(rows, denoise) -> mean over the pictures `rows`, a slice of the batch. `room` shrinks where it has to, and stays so."""
+    """(loss, its gradient for each parameter) of loss_of(rows, denoise) -> mean over the pictures `rows`, a slice of the batch. `room` shrinks where it has to,
+    and stays so."""
     while True:
         try:
             return in_room(loss_of, denoise, batch, parameters, room)
@@ -41,7 +45,8 @@ def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Te
 
 def in_room(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """As `gradient_of`, in the room that is given."""
-    scale = 2.0 ** round(math.log2(max(batch.end.numel() / 16, 1)))  # float16 has nothing below 6e-8, and a mean over so many numbers has: undone below, to the last bit
+    # float16 has nothing below 6e-8, and a mean over so many numbers has: undone below, to the last bit
+    scale = 2.0 ** round(math.log2(max(batch.end.numel() / 16, 1)))
     denoise = partial(recomputed, denoise) if room.recompute else denoise
     loss, total = 0.0, [torch.zeros_like(value) for value in parameters]
     for begin in range(0, len(batch), room.together):

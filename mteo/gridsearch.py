@@ -90,9 +90,10 @@ def student_start(sigma_max: float, told: Sequence[float], mean: torch.Tensor | 
 
 
 def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress, analytic: bool = True) -> list[Tableau]:
-    """The best σ to tell, out of LEVELS for each call: all moved together, then one at a time, until that finds nothing better. The first may also be sigma_max, and is unless `analytic`.
-    By the mean error of a picture, as the training; a few hard ones would lead astray. Several plains, one for each cfg value, get one grid: the one with the least product of their errors, so
-    that a cfg with large errors does not decide alone. Last rows solved, for each plain its own."""
+    """The best σ to tell, out of LEVELS for each call: all moved together, then one at a time, until that finds nothing better. The first may also be
+    sigma_max, and is unless `analytic`. By the mean error of a picture, as the training; a few hard ones would lead astray. Several plains, one for each cfg
+    value, get one grid: the one with the least product of their errors, so that a cfg with large errors does not decide alone. Last rows solved, for each plain
+    its own."""
     choices = levels(steps + 1, sigma_max, flow) if analytic else [[], *levels(steps, sigma_max, flow)]
     choices[0].append(sigma_max)
     known: dict[tuple[float, ...], float] = {}

@@ -1,4 +1,5 @@
-"""Which steps evaluate the pair that cfg needs. At the others the prompt is evaluated alone, one evaluation in place of two, and the table stands in for the guidance."""
+"""Which steps evaluate the pair that cfg needs. At the others the prompt is evaluated alone, one evaluation in place of two, and the table stands in for the
+guidance."""
 from collections.abc import Sequence
 
 from .errors import MTEOError

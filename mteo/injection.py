@@ -12,9 +12,10 @@ GAIN_UNIT = 0.3  # a row of 1 scales by 1.3: gains are learned in the same steps
 class Offsets:
     """The table that hooks read, and the offsets in force.
 
-    table: site path -> [R, D], all of one R. `select` sets what is added until the next `select`; units are those of the site's
-    tensor. scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit. Rows of a normalisation are gains in GAIN_UNIT. order [N]: the row (R = none) behind each
-    number that `select` takes; without it the rows themselves.
+    table: site path -> [R, D], all of one R, in the units of the site's tensor; rows of a normalisation are gains in GAIN_UNIT.
+    scale multiplies all of it: 0 adds nothing, 1 a row as it is, bit for bit.
+    order [N]: the row (R = none) behind each number that `select` takes; without it the rows themselves.
+    What `select` was told last is in force.
     """
 
     def __init__(self, table: dict[str, torch.Tensor], order: torch.Tensor | None = None):
@@ -57,7 +58,8 @@ class Offsets:
         return dict(zip(self.table, mixed.split_with_sizes(self.widths, 1), strict=True))
 
     def joined(self, device) -> torch.Tensor:
-        """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its tensors."""
+        """All sites side by side and a row of zeros below, [R + 1, ΣD], in the order asked for; a trained table is joined anew, so that gradients reach its
+        tensors."""
         key = (device, self.scale)
         if self.trained or self._joined is None or self._joined[0] != key:
             rows = torch.cat([rows.float().to(device) for rows in self.table.values()], 1)
@@ -89,8 +91,8 @@ class Offsets:
         return torch.cat([by_site[path] for path in gain_paths(self.table)], 1)
 
     def scaled(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        """tensor [B, C, H, W] or [B, T, D] times 1 + the gain of each channel, rounded once to the tensor's dtype; without a gradient in place, as a normalisation's
-        output is nobody else's."""
+        """tensor [B, C, H, W] or [B, T, D] times 1 + the gain of each channel, rounded once to the tensor's dtype; without a gradient in place, as a
+        normalisation's output is nobody else's."""
         gain = self._as(path, tensor)
         gain = gain[:, :, None, None] if tensor.dim() == 4 else gain[:, None]
         return torch.addcmul(tensor, tensor, gain) if torch.is_grad_enabled() else tensor.addcmul_(tensor, gain)
@@ -111,9 +113,14 @@ def find_modules(network: torch.nn.Module, table: dict[str, torch.Tensor], space
             modules[path] = network.get_submodule(path)
             width = width_of(path, modules[path], space)
         except AttributeError:
-            raise MTEOError(f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model.") from None
+            raise MTEOError(
+                f"This table is for another architecture: the model has no layer {path}. Load the table that was distilled for this model."
+            ) from None
         if rows.shape[1:] != (width,):
-            raise MTEOError(f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[-1]}. Load the table that was distilled for this model.")
+            raise MTEOError(
+                f"This table is for another model: layer {path} takes {width} numbers, the table has {rows.shape[-1]}. "
+                "Load the table that was distilled for this model."
+            )
     return modules
 
 

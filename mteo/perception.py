@@ -1,7 +1,7 @@
 """How alike two pictures are to the network that draws them: what its own blocks put out for both, with the same noise on them.
 
-After the self-perceptual loss of "Diffusion Model with Perceptual Loss" (Lin and Yang, arXiv 2401.00110): no other network is needed. An error of latents alone is
-least where a picture that cannot be told is blurred; to the blocks a blurred picture looks like no picture of the teacher's.
+After the self-perceptual loss of "Diffusion Model with Perceptual Loss" (Lin and Yang, arXiv 2401.00110): no other network is needed. An error of latents alone
+is least where a picture that cannot be told is blurred; to the blocks a blurred picture looks like no picture of the teacher's.
 """
 from contextlib import contextmanager
 
@@ -30,6 +30,7 @@ def watched(network: torch.nn.Module):
 
 
 def unlikeness(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """1 − the cosine between the channels of both at each place, the mean over places, pictures and blocks: 0 = alike, 1 = unrelated. Both lists from `watched`."""
+    """1 − the cosine between the channels of both at each place, the mean over places, pictures and blocks: 0 = alike, 1 = unrelated. Both lists from
+    `watched`."""
     each = [(1 - F.cosine_similarity(a.float(), b.float(), dim=1 if a.dim() == 4 else -1)).flatten(1).mean(1) for a, b in zip(student, teacher, strict=True)]
     return torch.cat(each).mean()

@@ -11,15 +11,19 @@ FREE = "free"
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps: K, 2..16. solver: a ComfyUI sampler's name. grid: a ComfyUI scheduler's name, or "free" = the σ of each call are searched for.
+    """steps: K, 2..16. solver: a ComfyUI sampler's name.
+    grid: a ComfyUI scheduler's name, or "free" = the σ of each call are searched for.
     rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point, "all" = the inner ones as well.
-    perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any cfg but 1, beside
-    the error of the latents (÷ their spread); 0 = none. space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
-    guided: "all", "none", or the numbers of the steps, from 1, that evaluate the pair that cfg needs; the others evaluate the prompt alone, and the table stands in for the guidance.
-    pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by. teacher_steps: of DPM++ 2M on Karras' grid, for a flow model on that of its own time.
-    sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures; rate: Adam's first step at most, a smaller one
-    where that is all that the network bears (`first_rates`); falls to 0 along a cosine;
-    clip: largest gradient norm; average: memory of the averaged offsets, 0..1."""
+    perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any
+        cfg but 1, beside the error of the latents (÷ their spread); 0 = none.
+    space: where offsets act. guidance: the cfg values that it is trained at, each by itself; between them it is interpolated.
+    guided: "all", "none", or the numbers of the steps, from 1, that evaluate the pair that cfg needs; the others evaluate the prompt alone,
+        and the table stands in for the guidance.
+    pictures / held_out: teacher trajectories of each cfg value to train on / to choose the best table by.
+    teacher_steps: of DPM++ 2M on Karras' grid, for a flow model on that of its own time.
+    sequential / iterations: optimiser steps of stage A / B for each cfg value, of `batch` pictures.
+    rate: Adam's first step at most, a smaller one where that is all that the network bears (`first_rates`); falls to 0 along a cosine.
+    clip: largest gradient norm. average: memory of the averaged offsets, 0..1."""
 
     steps: int = 3
     solver: str = "euler"

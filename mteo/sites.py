@@ -22,7 +22,8 @@ BLOCKS = {"unet": re.compile(r"(.+)\.emb_layers\.1"), "sd3": re.compile(r"(joint
 
 @dataclass(frozen=True)
 class Site:
-    """A projection Linear, or a normalisation, by its module path; width = numbers that an offset has there (a Linear's inputs or outputs, a normalisation's channels)."""
+    """A projection Linear, or a normalisation, by its module path; width = numbers that an offset has there (a Linear's inputs or outputs, a normalisation's
+    channels)."""
 
     path: str
     width: int

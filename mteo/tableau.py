@@ -12,9 +12,10 @@ ACCURACY = 1e-5  # relative; float32 rounding of uni_pc reaches 4e-6 (traps 5)
 
 @dataclass(frozen=True)
 class Tableau:
-    """sigmas [N]: σ at each network call, in call order. row_sigmas [R]: the distinct ones, in order of first use. rows: call
-    -> row. matrix [N+1, N+1] float64 on the processor (Apple's graphics cards have no float64): row j < N gives the x of call j, row N the result; column 0 = x_T, column 1+i = D_i. mean [C]: of the latents by
-    channel, where the first call is below the σ of x_T (`started_at`); None = 0."""
+    """sigmas [N]: σ at each network call, in call order. row_sigmas [R]: the distinct ones, in order of first use. rows: call -> row.
+    matrix [N+1, N+1] float64 on the processor (Apple's graphics cards have no float64): row j < N gives the x of call j, row N the result;
+        column 0 = x_T, column 1+i = D_i.
+    mean [C]: of the latents by channel, where the first call is below the σ of x_T (`started_at`); None = 0."""
 
     sigmas: torch.Tensor
     row_sigmas: torch.Tensor
@@ -130,8 +131,8 @@ def euler_tableau(sigmas: torch.Tensor) -> Tableau:
 
 
 def started_at(tableau: Tableau, sigma_max: float, mean: torch.Tensor | None = None) -> Tableau:
-    """The same calls for an x_T at sigma_max above their first σ, with no evaluation for the step between: the denoised is taken to be `mean` [C] there, that of latents by channel (None = 0), as
-    nothing of a picture can be seen (analytic first step: GENIE, Dockhorn et al. 2022; AMED, Zhou et al. 2024)."""
+    """The same calls for an x_T at sigma_max above their first σ, with no evaluation for the step between: the denoised is taken to be `mean` [C] there, that
+    of latents by channel (None = 0), as nothing of a picture can be seen (analytic first step: GENIE, Dockhorn et al. 2022; AMED, Zhou et al. 2024)."""
     matrix = tableau.matrix.clone()
     matrix[:, 0] *= tableau.sigmas[0] / sigma_max
     return replace(with_matrix(tableau, matrix), mean=mean)
@@ -165,8 +166,8 @@ def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
 
 
 def between(own: Tableau, others: list[Tableau], shares: torch.Tensor, strength: float) -> Tableau:
-    """`own` moved towards the blend of `others` by their shares [len(others)], in σ and in coefficients alike: with the noise in an x, which column 0 gives, goes the σ that is told of it.
-    strength 0 = `own`, 1 = the blend. All have the same rows in the same order, and all a mean or none."""
+    """`own` moved towards the blend of `others` by their shares [len(others)], in σ and in coefficients alike: with the noise in an x, which column 0 gives,
+    goes the σ that is told of it. strength 0 = `own`, 1 = the blend. All have the same rows in the same order, and all a mean or none."""
 
     def moved(name: str) -> torch.Tensor:
         value, values = getattr(own, name), torch.stack([getattr(other, name) for other in others])

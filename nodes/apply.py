@@ -27,7 +27,15 @@ def steps_input():
 
 
 def strength_input():
-    return io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.01, tooltip="Of the offsets and the solver's corrections. 1 = as trained, more = stronger offsets, 0 = the plain model with the plain sampler on the same sigmas.")
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.0,
+        max=2.0,
+        step=0.01,
+        tooltip="Of the offsets and the solver's corrections. 1 = as trained, more = stronger offsets, "
+        "0 = the plain model with the plain sampler on the same sigmas.",
+    )
 
 
 def off_grid_input():

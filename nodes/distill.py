@@ -41,8 +41,8 @@ class DistillEmbeddings(io.ComfyNode):
             node_id="MTEODistill",
             display_name="Distill MTEO",
             category="MTEO",
-            description="Learn few-step time embeddings for this model from its own many-step pictures. Weights are not changed. Works in a run folder in output/mteo: "
-            "after a cancel the same inputs go on where they stopped, and give the same table.",
+            description="Learn few-step time embeddings for this model from its own many-step pictures. Weights are not changed. "
+            "Works in a run folder in output/mteo: after a cancel the same inputs go on where they stopped, and give the same table.",
             is_input_list=True,
             is_output_node=True,
             inputs=[
@@ -50,18 +50,57 @@ class DistillEmbeddings(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="One prompt, or a list of them: each item is one prompt. Many and varied ones are better."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt to train with; not used where cfg is 1."),
                 io.Latent.Input("latent_image", tooltip="Gives the size; its content is not used."),
-                io.Int.Input("seed", default=0, min=0, max=2**62, control_after_generate=False, tooltip="Seed of the training noise. The same seed and inputs give the same table."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="The guidance to train for; 1 = none. A list of numbers: each is trained by itself, one table holds all of them and blends between."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**62,
+                    control_after_generate=False,
+                    tooltip="Seed of the training noise. The same seed and inputs give the same table.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="The guidance to train for; 1 = none. "
+                    "A list of numbers: each is trained by itself, one table holds all of them and blends between.",
+                ),
                 io.Int.Input("steps", default=3, min=2, max=16, tooltip="Number of sampling steps of the table."),
-                io.Combo.Input("solver", options=SOLVERS, default="euler", tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings."),
-                io.Combo.Input("grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default=FREE, tooltip="The schedule of sigmas; free = search the best one first."),
-                io.Combo.Input("budget", options=list(BUDGETS), default="quick", tooltip="How long to train, for each cfg value: try = " + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:]),
+                io.Combo.Input(
+                    "solver",
+                    options=SOLVERS,
+                    default="euler",
+                    tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings.",
+                ),
+                io.Combo.Input(
+                    "grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default=FREE, tooltip="The schedule of sigmas; free = search the best one first."
+                ),
+                io.Combo.Input(
+                    "budget",
+                    options=list(BUDGETS),
+                    default="quick",
+                    tooltip="How long to train, for each cfg value: try = "
+                    + "; ".join(f"{name} = {b['pictures']} pictures and {b['iterations']} steps" for name, b in BUDGETS.items())[6:],
+                ),
                 io.Vae.Input("vae", optional=True, tooltip="For the picture sheet; without it the sheet shows rough previews."),
                 io.Sampler.Input("sampler", optional=True, tooltip="A SAMPLER in place of solver."),
-                io.String.Input("guided_steps", optional=True, default=ALL, tooltip='The steps that evaluate the negative prompt and cfg, two evaluations each; the others evaluate the prompt alone, one evaluation, and the table '
-                                'stands in for the guidance. "all", "none", or numbers of steps from 1: of four steps "1 3" costs as much as three that are all guided, and is nearer to the many-step picture.'),
+                io.String.Input(
+                    "guided_steps",
+                    optional=True,
+                    default=ALL,
+                    tooltip="The steps that evaluate the negative prompt and cfg, two evaluations each; the others evaluate the prompt alone, "
+                    'one evaluation, and the table stands in for the guidance. "all", "none", or numbers of steps from 1: of four steps "1 3" costs '
+                    "as much as three that are all guided, and is nearer to the many-step picture.",
+                ),
             ],
-            outputs=[MTEOEmbeddings.Output(display_name="embeddings"), io.Image.Output(display_name="sheet"), io.Custom("LOSS_MAP").Output(display_name="loss")],
+            outputs=[
+                MTEOEmbeddings.Output(display_name="embeddings"),
+                io.Image.Output(display_name="sheet"),
+                io.Custom("LOSS_MAP").Output(display_name="loss"),
+            ],
         )
 
     @classmethod
@@ -81,7 +120,9 @@ class DistillEmbeddings(io.ComfyNode):
 def run_folder(model, recipe: Recipe, prompts, negative, size, sampler) -> Path:
     """output/mteo/<name of what is asked for>: the same inputs find it again [18]."""
     paths = [site.path for site in find_sites(model.model.diffusion_model, "embedding")]
-    asked = json.dumps([recipe.facts(), content_hash([prompts, negative]), list(size.shape[1:]), model_fingerprint(model, paths), bool(sampler)], sort_keys=True)
+    asked = json.dumps(
+        [recipe.facts(), content_hash([prompts, negative]), list(size.shape[1:]), model_fingerprint(model, paths), bool(sampler)], sort_keys=True
+    )
     return Path(folder_paths.get_output_directory()) / "mteo" / f"{recipe.steps}steps-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 

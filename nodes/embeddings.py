@@ -21,7 +21,9 @@ def find_file(name: str) -> Path:
     """The file of a name in the list; MTEOError says what to do where it is not there."""
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
-        raise MTEOError(f"{name} is not in models/mteo: put .safetensors files of MTEO there, or distil one with Distill MTEO, and press R to read the list anew.")
+        raise MTEOError(
+            f"{name} is not in models/mteo: put .safetensors files of MTEO there, or distil one with Distill MTEO, and press R to read the list anew."
+        )
     return Path(path)
 
 
@@ -34,8 +36,12 @@ class LoadEmbeddings(io.ComfyNode):
             category="MTEO",
             description="Read a table of time embeddings from models/mteo, or one that comes with the pack.",
             inputs=[
-                io.Combo.Input("embeddings_name", options=folder_paths.get_filename_list(FOLDER),
-                               tooltip="A .safetensors file in models/mteo, or a table of the pack for its reference model. Put tables for your own models into models/mteo, or distil one."),
+                io.Combo.Input(
+                    "embeddings_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A .safetensors file in models/mteo, or a table of the pack for its reference model. "
+                    "Put tables for your own models into models/mteo, or distil one.",
+                ),
             ],
             outputs=[MTEOEmbeddings.Output(display_name="embeddings")],
         )

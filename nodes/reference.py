@@ -9,9 +9,15 @@ class LoadReferenceModel(io.ComfyNode):
             node_id="MTEOLoadReferenceModel",
             display_name="Load MTEO Reference Model",
             category="MTEO",
-            description="A small text-to-image model that comes with the pack: 64 px scenes of one or two things (\"cat and apple\").",
+            description='A small text-to-image model that comes with the pack: 64 px scenes of one or two things ("cat and apple").',
             inputs=[
-                io.Combo.Input("kind", options=["unet", "mmdit"], default="unet", optional=True, tooltip="unet: predicts noise, as SD 1.x does. mmdit: a transformer with flow matching, as SD 3 is."),
+                io.Combo.Input(
+                    "kind",
+                    options=["unet", "mmdit"],
+                    default="unet",
+                    optional=True,
+                    tooltip="unet: predicts noise, as SD 1.x does. mmdit: a transformer with flow matching, as SD 3 is.",
+                ),
             ],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )

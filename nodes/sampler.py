@@ -15,16 +15,33 @@ class KSampler(io.ComfyNode):
             description="Sample in a few steps with MTEO embeddings: sampler and sigmas are the table's own.",
             inputs=[
                 *shared_inputs(),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The random seed of the noise, as in KSampler."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="The random seed of the noise, as in KSampler."
+                ),
                 steps_input(),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Classifier-free guidance; 1 = none (twice as fast). Best within the range that the table was trained for."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance; 1 = none (twice as fast). Best within the range that the table was trained for.",
+                ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise, usually an empty one."),
                 strength_input(),
                 io.Int.Input("start_step", default=0, min=0, max=64, tooltip="0 = from pure noise. Later starts need a table that was trained for them."),
-                io.Int.Input("end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", **ADVANCED),
+                io.Int.Input(
+                    "end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", **ADVANCED
+                ),
                 io.Boolean.Input("add_noise", default=True, tooltip="Off: the latent is taken as it is, already noisy.", **ADVANCED),
-                io.Boolean.Input("return_with_leftover_noise", default=False, tooltip="With an early end_step: on = the noisy latent, off = the model's estimate of the picture.", **ADVANCED),
+                io.Boolean.Input(
+                    "return_with_leftover_noise",
+                    default=False,
+                    tooltip="With an early end_step: on = the noisy latent, off = the model's estimate of the picture.",
+                    **ADVANCED,
+                ),
                 off_grid_input(),
                 io.Conditioning.Input("negative", optional=True, tooltip="What it should not show; needed where cfg is not 1."),
             ],
@@ -32,5 +49,5 @@ class KSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, embeddings, seed, steps, cfg, positive, latent_image, strength, start_step, end_step, add_noise, return_with_leftover_noise, off_grid, negative=None):
-        return io.NodeOutput(sample_latent(model, embeddings, latent_image, seed, positive, negative, steps, cfg, strength, start_step, end_step, add_noise, return_with_leftover_noise, off_grid))
+    def execute(cls, latent_image, **inputs):
+        return io.NodeOutput(sample_latent(latent=latent_image, **inputs))

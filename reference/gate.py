@@ -129,7 +129,9 @@ def main(arguments=None):
         plain = named(own, one.part(slice(0, 128)))
         apart = (one.end[: len(two)] - two.end).square().mean().sqrt() / one.end.std()
         best = min(value for grids in plain.values() for value in grids.values())
-        result[f"cfg {cfg:g}"] = recognised(classifier, one.end, names) | dict(two_seeds=float(apart), copies=float((near[:, 0] / near[:, 1] < 1 / 3).float().mean()), plain_3_steps=best)
+        result[f"cfg {cfg:g}"] = recognised(classifier, one.end, names) | dict(
+            two_seeds=float(apart), copies=float((near[:, 0] / near[:, 1] < 1 / 3).float().mean()), plain_3_steps=best
+        )
         print(f"[gate] cfg {cfg:g}: {result[f'cfg {cfg:g}']}", flush=True)
     judged = [result[f"cfg {cfg:g}"] for cfg in CFGS]
     result["passed"] = {name: all((own[name] <= bound) if name == "copies" else (own[name] >= bound) for own in judged) for name, bound in BOUNDS.items()}

@@ -108,7 +108,8 @@ def make_model(kind: str = "unet", disable_dynamic: bool = False, weights: Path 
     model = family.get_model({}, "model.")
     model.diffusion_model.load_state_dict(_weights(weights or weights_file(kind), kind))
     patcher = as_patcher(model, disable_dynamic)
-    patcher.cached_patcher_init = (partial(make_model, weights=weights), (kind,))  # in-graph training asks the patcher for a fresh copy of the model through this pair
+    # In-graph training asks the patcher for a fresh copy of the model through this pair.
+    patcher.cached_patcher_init = partial(make_model, weights=weights), (kind,)
     return patcher
 
 

@@ -21,7 +21,10 @@ from . import latents, network, scenes
 from .vocabulary import padded
 
 HERE = Path(__file__).parent
-ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]}  # on a processor the fused one's backward takes a third of a step
+ATTENTION = {
+    "cpu": [SDPBackend.MATH],  # the fused one's backward takes a third of a step
+    "cuda": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+}
 
 
 @cache
@@ -193,8 +196,20 @@ def main(arguments=None):
     log, started, mark, written, recent = (options.run / "log.jsonl").open("a"), time.time(), time.time(), seen, []
 
     def write():
-        torch.save(dict(model=model.state_dict(), optimisers=[optimiser.state_dict() for optimiser in optimisers], average=average, seen=seen, begun=begun, spent=spent + time.time() - started,
-                        pca=pca, generator=generator.get_state(), torch=torch.get_rng_state()), state_file.with_suffix(".new"))
+        torch.save(
+            dict(
+                model=model.state_dict(),
+                optimisers=[optimiser.state_dict() for optimiser in optimisers],
+                average=average,
+                seen=seen,
+                begun=begun,
+                spent=spent + time.time() - started,
+                pca=pca,
+                generator=generator.get_state(),
+                torch=torch.get_rng_state(),
+            ),
+            state_file.with_suffix(".new"),
+        )
         state_file.with_suffix(".new").replace(state_file)
         shipped = {name: value.half().contiguous().cpu() for name, value in average.items()}
         shipped |= {f"vae.{name}": value.contiguous() for name, value in pca.items()} | {"images": torch.tensor(seen)}
@@ -229,7 +244,13 @@ def main(arguments=None):
         recent.append(float(loss.detach()))
         if len(recent) == 25:
             speed = 25 * options.batch / (time.time() - mark)
-            line = dict(images=seen, loss=round(sum(recent) / 25, 5), rate=optimisers[0].param_groups[0]["lr"], images_per_s=round(speed, 1), hours=round((spent + time.time() - started) / 3600, 3))
+            line = dict(
+                images=seen,
+                loss=round(sum(recent) / 25, 5),
+                rate=optimisers[0].param_groups[0]["lr"],
+                images_per_s=round(speed, 1),
+                hours=round((spent + time.time() - started) / 3600, 3),
+            )
             log.write(json.dumps(line) + "\n")
             log.flush()
             print(line, flush=True)

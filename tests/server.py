@@ -24,8 +24,9 @@ class Server:
             (base / folder).mkdir(parents=True)
         (base / "web" / "index.html").write_text("<html></html>")
         (base / "custom_nodes" / "ComfyUI-MTEO").symlink_to(pack, target_is_directory=True)
-        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base),
-                   "--disable-all-custom-nodes", "--whitelist-custom-nodes", "ComfyUI-MTEO", "--front-end-root", str(base / "web"), "--preview-method", "latent2rgb"]
+        command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", "ComfyUI-MTEO", "--front-end-root", str(base / "web")]
+        command += ["--preview-method", "latent2rgb"]
         self.process = subprocess.Popen(command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, cwd=base)
         for _ in range(600):
             if self.process.poll() is not None:
@@ -76,7 +77,11 @@ class Server:
                 messages.append(message)
                 if told:
                     told(message)
-                if isinstance(message, dict) and message["type"] in ("execution_success", "execution_error", "execution_interrupted") and message["data"]["prompt_id"] == number:
+                if (
+                    isinstance(message, dict)
+                    and message["type"] in ("execution_success", "execution_error", "execution_interrupted")
+                    and message["data"]["prompt_id"] == number
+                ):
                     break
         finally:
             socket_.close()

@@ -15,7 +15,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS, SCHEMA = ROOT / "workflows", Path(__file__).with_name("schema.json")
 COLUMN, GAP, LINE, TALL = 340, 40, 24, 1000  # pixels of the canvas; a column takes nodes of the next depth up to TALL
-GROWS = {"SaveImage": 260, "PreviewImage": 260, "CLIPTextEncode": 60, "MTEODistill": 200, "MTEOKSampler": 200, "KSampler": 200, "SamplerCustom": 200}  # pictures, texts
+GROWS = {"CLIPTextEncode": 60}  # texts, and below them pictures
+GROWS |= dict.fromkeys(("SaveImage", "PreviewImage"), 260) | dict.fromkeys(("MTEODistill", "MTEOKSampler", "KSampler", "SamplerCustom"), 200)
 SEEDS = ("seed", "noise_seed")
 
 
@@ -69,23 +70,50 @@ def workflow(graph: dict, objects: dict) -> dict:
             column, top = column + 1, 0
         deepest = depth[number]
         at[number] = len(nodes)
-        nodes.append({"id": int(number), "type": node["class_type"], "pos": [column * (COLUMN + GAP), top], "size": [COLUMN, height], "flags": {}, "order": order, "mode": 0,
-                      "inputs": inputs, "outputs": [], "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": widgets,
-                      **({"title": node["_meta"]["title"]} if "_meta" in node else {})})
+        nodes.append(
+            {
+                "id": int(number),
+                "type": node["class_type"],
+                "pos": [column * (COLUMN + GAP), top],
+                "size": [COLUMN, height],
+                "flags": {},
+                "order": order,
+                "mode": 0,
+                "inputs": inputs,
+                "outputs": [],
+                "properties": {"Node name for S&R": node["class_type"]},
+                "widgets_values": widgets,
+                **({"title": node["_meta"]["title"]} if "_meta" in node else {}),
+            }
+        )
         top += height + 2 * GAP
     for number, node in graph.items():
         about = objects[node["class_type"]]
         nodes[at[number]]["outputs"] = [{"name": name, "type": kind, "slot_index": slot, "links": outputs.get((number, slot), [])}
                                         for slot, (name, kind) in enumerate(zip(about["output_name"], about["output"], strict=True))]
-    return {"last_node_id": max(map(int, graph)), "last_link_id": len(links), "nodes": nodes, "links": links, "groups": [], "config": {}, "extra": {}, "version": 0.4}
+    return {
+        "last_node_id": max(map(int, graph)),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
 
 
 def schema(objects: dict) -> dict:
     """What saved graphs rely on: names and order of inputs and outputs of the pack's nodes."""
     own = {name: about for name, about in sorted(objects.items()) if name.startswith("MTEO")}
     kind = lambda value: "COMBO" if isinstance(value, list) else value
-    return {name: {"inputs": [[field, kind(value)] for field, value, _ in fields_of(about)], "outputs": [[a, b] for a, b in zip(about["output_name"], about["output"], strict=True)]}
-            for name, about in own.items()}
+    return {
+        name: {
+            "inputs": [[field, kind(value)] for field, value, _ in fields_of(about)],
+            "outputs": [[a, b] for a, b in zip(about["output_name"], about["output"], strict=True)],
+        }
+        for name, about in own.items()
+    }
 
 
 def write_json(path: Path, value) -> None:

@@ -95,7 +95,9 @@ def test_samplers_that_are_no_ode_solvers_are_refused_by_name(comfy_objects, nam
         read_tableau(comfy.samplers.sampler_object(name), grid(model), model.get_model_object("model_sampling"), name)
 
 
-@pytest.mark.parametrize("objects, space", [("comfy_objects", "embedding"), ("comfy_objects", "gains"), ("flow_objects", "embedding"), ("flow_objects", "modulation")])
+@pytest.mark.parametrize(
+    "objects, space", [("comfy_objects", "embedding"), ("comfy_objects", "gains"), ("flow_objects", "embedding"), ("flow_objects", "modulation")]
+)
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 @pytest.mark.parametrize("batch", [1, 4])
@@ -189,7 +191,10 @@ def test_wrong_tables_leave_the_model_as_it_was(comfy_objects):
             apply_embeddings(model, embeddings)
 
 
-@pytest.mark.parametrize("objects, space, count", [("comfy_objects", "embedding", 12), ("comfy_objects", "gains", 39), ("flow_objects", "embedding", 9), ("flow_objects", "modulation", 9)])
+@pytest.mark.parametrize(
+    "objects, space, count",
+    [("comfy_objects", "embedding", 12), ("comfy_objects", "gains", 39), ("flow_objects", "embedding", 9), ("flow_objects", "modulation", 9)],
+)
 def test_every_site_of_a_reference_model_is_alive(request, objects, space, count):
     """A bias before a GroupNorm whose groups have one channel would change nothing."""
     model = request.getfixturevalue(objects)[0]
@@ -279,7 +284,7 @@ def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
         table.learned = [with_matrix(table.tableau, 1.01 * table.tableau.matrix)]
         latent = {"samples": torch.zeros(1, 32, 8, 8), "downscale_ratio_spacial": 8}
         take = lambda **more: sample_latent(model, embeddings, latent, 5, positive, negative, cfg=4.0, **more)["samples"]
-        noisy, early, whole = take(end_step=2, leftover_noise=True), take(end_step=2), take()
+        noisy, early, whole = take(end_step=2, return_with_leftover_noise=True), take(end_step=2), take()
         assert noisy.std() > early.std() > 0 and not torch.equal(early, whole)
 
 
@@ -321,7 +326,8 @@ def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objec
 
 
 def test_a_table_of_two_cfg_values_gives_each_its_own_and_blends_between(comfy_objects):
-    """Offsets, learned rows and the σ of the calls at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway (of cfg ÷ (1 + cfg)) the mean of both; beyond, the end one's."""
+    """Offsets, learned rows and the σ of the calls at cfg 1 and 3: at a trained cfg those of it, bit for bit; halfway (of cfg ÷ (1 + cfg)) the mean of both;
+    beyond, the end one's."""
     import comfy.samplers
 
     from mteo.comfyui.sampling import applied

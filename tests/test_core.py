@@ -42,7 +42,8 @@ def test_probe_reads_euler_as_its_closed_form():
 
 @pytest.mark.parametrize("mean", [None, torch.tensor([0.5, 0.0, -2.0])])
 def test_a_first_step_for_nothing_is_one_whose_answer_is_the_mean(mean):
-    """The calls of Euler from below σ_max are those of one with a step more, whose first call is answered with the mean; its own grid, from σ_max on, can be read."""
+    """The calls of Euler from below σ_max are those of one with a step more, whose first call is answered with the mean; its own grid, from σ_max on, can be
+    read."""
     grid = torch.tensor([14.6, 8.0, 3.0, 1.0, 0.0], dtype=torch.float64)
     tableau, x = started_at(euler_tableau(grid[1:]), 14.6, mean), torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     answer = lambda y, sigma: (y / (1 + sigma**2)).sin()
@@ -138,7 +139,9 @@ def test_a_gain_scales_what_a_normalisation_puts_out_with_and_without_a_gradient
     plain = norm(x)
     offsets.select(torch.tensor([1, 2, 0]))
     told = norm(x)
-    assert torch.equal(told[1:], plain[1:]) and torch.allclose(told[0].float(), plain[0].float() * (1 + GAIN_UNIT * rows[1]), atol=2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(told[1:], plain[1:]) and torch.allclose(
+        told[0].float(), plain[0].float() * (1 + GAIN_UNIT * rows[1]), atol=2e-2 if dtype == torch.bfloat16 else 1e-6
+    )
     told[0].float().sum().backward()
     assert rows.grad[1].abs().min() > 0 and rows.grad[0].abs().max() == 0
     with torch.no_grad():
@@ -232,7 +235,11 @@ def test_broken_files_get_one_sentence(embeddings, tmp_path):
 
 
 def test_a_log_of_several_cfg_values_is_one_line():
-    log = [dict(cfg=cfg, iteration=iteration, held_out=error) for cfg, errors in ((1.0, (0.4, 0.2)), (4.0, (0.6, 0.3))) for iteration, error in zip((0, 10), errors, strict=True)]
+    log = [
+        dict(cfg=cfg, iteration=iteration, held_out=error)
+        for cfg, errors in ((1.0, (0.4, 0.2)), (4.0, (0.6, 0.3)))
+        for iteration, error in zip((0, 10), errors, strict=True)
+    ]
     assert held_out_errors(log) == pytest.approx([0.5, 0.25])
 
 

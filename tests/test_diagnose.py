@@ -10,7 +10,8 @@ PICTURES, NUMBERS = 40, 12
 
 
 def linear(seed: int = 0, common: float = 1.0):
-    """(ends, offsets, target): end points that are linear in 5 offsets, of which "dead" does nothing; `common` of the missing part is the same answer for every picture."""
+    """(ends, offsets, target): end points that are linear in 5 offsets, of which "dead" does nothing; `common` of the missing part is the same answer for every
+    picture."""
     generator = torch.Generator().manual_seed(seed)
     plain, jacobian = torch.randn(PICTURES, NUMBERS, generator=generator), torch.randn(PICTURES, NUMBERS, 3, generator=generator)
     wanted = torch.tensor([1.0, -0.5, 0.25])

@@ -182,7 +182,8 @@ def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
     from mteo.comfyui.training import distill_model
     from mteo.embeddings import load_embeddings
 
-    recipe = Recipe(iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, guidance=(4.0, 1.0), seed=2**62)  # the node's largest seed
+    largest = 2**62  # the node's largest seed
+    recipe = Recipe(iterations=4, batch=8, validate_every=4, pictures=16, held_out=16, teacher_steps=6, guidance=(4.0, 1.0), seed=largest)
     with torch.inference_mode():
         table = distill_model(*parts, recipe, tmp_path / "run").embeddings.tables[3]
     start = load_embeddings(tmp_path / "run" / "start.safetensors").tables[3]
@@ -209,7 +210,9 @@ def test_a_searched_grid_without_rows_is_for_any_sampler(parts):
     from mteo.comfyui.training import distill_model
 
     with torch.inference_mode():
-        table = distill_model(*parts, Recipe(rows="solver", iterations=2, batch=8, validate_every=2, pictures=16, held_out=16, teacher_steps=6)).embeddings.tables[3]
+        table = distill_model(
+            *parts, Recipe(rows="solver", iterations=2, batch=8, validate_every=2, pictures=16, held_out=16, teacher_steps=6)
+        ).embeddings.tables[3]
     assert table.learned is None and table.tableau.sigmas.tolist() == pytest.approx(table.sigmas[:-1])
 
 

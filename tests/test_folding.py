@@ -28,7 +28,15 @@ def test_a_folded_gain_is_the_output_times_1_plus_the_gain():
     assert all(module._parameters[name] is value for module, values in zip(modules, own, strict=True) for name, value in values.items())
 
 
-@pytest.mark.parametrize("change", [lambda module: module.half(), lambda module: setattr(module, "_v", 1), lambda module: setattr(module, "weight_function", [abs]), lambda module: module.to(torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.half(),
+        lambda module: setattr(module, "_v", 1),
+        lambda module: setattr(module, "weight_function", [abs]),
+        lambda module: module.to(torch.float8_e4m3fn),
+    ],
+)
 def test_weights_that_are_streamed_or_patched_on_their_way_are_not_folded(change):
     modules = normalisations()
     assert foldable(modules)

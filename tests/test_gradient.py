@@ -19,7 +19,8 @@ def batch_of(count: int) -> Trajectories:
 
 
 def gradient(room: Room, most: int = 1000, count: int = 10):
-    """(loss, gradients, the sizes that were evaluated) of a network with two numbers on a card that holds `most` pictures with their evaluations, and ten times as many without."""
+    """(loss, gradients, the sizes that were evaluated) of a network with two numbers on a card that holds `most` pictures with their evaluations, and ten times
+    as many without."""
     parameters, batch, sizes = [torch.tensor([0.3], requires_grad=True), torch.tensor([0.1], requires_grad=True)], batch_of(count), []
 
     def denoise(x, call, sigma, batch):

@@ -58,7 +58,10 @@ def test_lpips_and_the_clip_score_are_the_libraries(tmp_path, hub):
     model = CLIPModel(CLIPConfig(text_config=config, vision_config=config | dict(image_size=32, patch_size=16), projection_dim=16)).eval()
     with torch.no_grad():
         model.text_projection.weight.neg_()  # with these random weights both prompts would be below 0
-    processor = CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)), CLIPTokenizer.from_pretrained(Path(os.environ["COMFYUI_PATH"]) / "comfy" / "sd1_tokenizer"))
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size=dict(shortest_edge=32), crop_size=dict(height=32, width=32)),
+        CLIPTokenizer.from_pretrained(Path(os.environ["COMFYUI_PATH"]) / "comfy" / "sd1_tokenizer"),
+    )
     model.save_pretrained(tmp_path / "clip")
     processor.save_pretrained(tmp_path / "clip")
     teacher, student = write(tmp_path / "teacher", 2, 1), write(tmp_path / "student", 2, 1, 0.2)
@@ -86,4 +89,5 @@ def test_fid_is_the_distance_of_what_the_network_sees(tmp_path, hub, monkeypatch
     features = [network(((pictures.stacked(pictures.pictures_of(folder)) + 1) * 127.5).round().byte())[0] for folder in (student, other)]
     means, spreads = zip(*((one.double().mean(0), (one.double() - one.double().mean(0)) / 5**0.5) for one in features), strict=True)
     shared = torch.linalg.matrix_norm(spreads[0] @ spreads[1].T, "nuc")  # trace of (Σ_a Σ_b)^½, of six pictures each
-    assert found["fid"] == pytest.approx(float((means[0] - means[1]).square().sum() + sum(one.square().sum() for one in spreads) - 2 * shared), rel=0.02, abs=1e-3) and "kid" in found
+    fid = float((means[0] - means[1]).square().sum() + sum(one.square().sum() for one in spreads) - 2 * shared)
+    assert found["fid"] == pytest.approx(fid, rel=0.02, abs=1e-3) and "kid" in found

@@ -37,7 +37,8 @@ def test_a_fine_tune_is_loaded_and_copied_with_its_own_weights(fine_tune):
 
 
 def test_the_lora_of_a_fine_tune_brings_the_base_to_it(fine_tune):
-    """What ComfyUI extracts and loads again: with it the base answers nearly as the fine-tune does; the extraction cuts the largest hundredth of the numbers."""
+    """What ComfyUI extracts and loads again: with it the base answers nearly as the fine-tune does; the extraction cuts the largest hundredth of the
+    numbers."""
     import comfy.sd
 
     from bench.generality import RANK, extracted
@@ -47,8 +48,14 @@ def test_the_lora_of_a_fine_tune_brings_the_base_to_it(fine_tune):
     path, _ = fine_tune
     lora = extracted("unet", path)
     assert RANK >= 4 and any(name.startswith("text_encoders.") for name in lora)
-    ends = [teacher_pairs(parts_of(model, clip, ["cat", "dog and tree"]), 2, 2.0, 1, 4).end
-            for model, clip in ((make_model(), make_clip()), (make_model(weights=path), make_clip(weights=path)), comfy.sd.load_lora_for_models(make_model(), make_clip(), lora, 1.0, 1.0))]
+    ends = [
+        teacher_pairs(parts_of(model, clip, ["cat", "dog and tree"]), 2, 2.0, 1, 4).end
+        for model, clip in (
+            (make_model(), make_clip()),
+            (make_model(weights=path), make_clip(weights=path)),
+            comfy.sd.load_lora_for_models(make_model(), make_clip(), lora, 1.0, 1.0),
+        )
+    ]
     base, tuned, adapted = ends
     assert (adapted - tuned).norm() < 0.5 * (base - tuned).norm()
 

@@ -44,7 +44,11 @@ def embeddings(site, model=None):
 
     kind = type("Sampling", (ModelSamplingDiscrete, EPS), {})
     times = [float(kind().timestep(torch.tensor(sigma))) for sigma in SIGMAS[:-1]]
-    return Embeddings({3: Table(3, SIGMAS, times, "euler", euler_tableau(torch.tensor(SIGMAS)), [1.0], {site: torch.zeros(1, 3, 512)})}, "embedding", {"family": "unet", **(model or {})})
+    return Embeddings(
+        {3: Table(3, SIGMAS, times, "euler", euler_tableau(torch.tensor(SIGMAS)), [1.0], {site: torch.zeros(1, 3, 512)})},
+        "embedding",
+        {"family": "unet", **(model or {})},
+    )
 
 
 def api(name: str) -> dict:
@@ -64,8 +68,21 @@ def with_custom_sampler(**changes) -> dict:
     """The same through Apply MTEO and SamplerCustom."""
     changed = graph()
     changed["10"] = {"class_type": "MTEOApply", "inputs": {"model": ["1", 0], "embeddings": ["5", 0], "steps": 0, "strength": 1.0, "off_grid": "error"}}
-    changed["6"] = {"class_type": "SamplerCustom", "inputs": dict(model=["10", 0], add_noise=True, noise_seed=7, cfg=4.0, positive=["2", 0], negative=["3", 0], sampler=["10", 1],
-                                                                   sigmas=["10", 2], latent_image=["4", 0]) | changes}
+    changed["6"] = {
+        "class_type": "SamplerCustom",
+        "inputs": dict(
+            model=["10", 0],
+            add_noise=True,
+            noise_seed=7,
+            cfg=4.0,
+            positive=["2", 0],
+            negative=["3", 0],
+            sampler=["10", 1],
+            sigmas=["10", 2],
+            latent_image=["4", 0],
+        )
+        | changes,
+    }
     changed["11"] = {"class_type": "BasicScheduler", "inputs": {"model": ["1", 0], "scheduler": "karras", "steps": 3, "denoise": 1.0}}
     changed["12"] = {"class_type": "KSamplerSelect", "inputs": {"sampler_name": "heun"}}
     return changed
@@ -100,7 +117,13 @@ def test_every_input_has_a_tooltip(objects):
 
 def test_every_seed_says_whether_the_page_may_change_it(objects):
     """Left unsaid, the page adds its control to inputs of these names: saved values then shift by one, and each Run trains anew [18]."""
-    told = {name: options.get("control_after_generate") for name, about in objects.items() if name.startswith("MTEO") for field, _, options in fields_of(about) if field in SEEDS}
+    told = {
+        name: options.get("control_after_generate")
+        for name, about in objects.items()
+        if name.startswith("MTEO")
+        for field, _, options in fields_of(about)
+        if field in SEEDS
+    }
     assert told == {"MTEOKSampler": True, "MTEODistill": False}
 
 
@@ -152,7 +175,10 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
 
 ERRORS = {
     "another model": (dict(n5__embeddings_name="model.safetensors"), "distilled for another model"),
-    "another architecture": (dict(n5__embeddings_name="reference-mmdit-3steps.safetensors"), "another architecture: the model has no layer final_layer.adaLN_modulation.1"),
+    "another architecture": (
+        dict(n5__embeddings_name="reference-mmdit-3steps.safetensors"),
+        "another architecture: the model has no layer final_layer.adaLN_modulation.1",
+    ),
     "a truncated file": (dict(n5__embeddings_name="cut.safetensors"), "cut.safetensors cannot be read, it is cut off"),
     "a NaN": (dict(n5__embeddings_name="nan.safetensors"), f"nan.safetensors has values in 3.{SITE} that are not finite"),
     "steps that the file lacks": (dict(n6__steps=5), "no table for 5 steps: they hold 3"),
@@ -174,7 +200,9 @@ def test_bad_input_gets_one_sentence_and_the_next_prompt_works(server, changes, 
 
 def test_another_schedule_or_sampler_is_refused_before_sampling(server):
     assert "connect the SIGMAS output of Apply MTEO" in message_of(server.queue(with_custom_sampler(sigmas=["11", 0])))
-    assert "The sampler heun is not the one this table was trained for, euler: connect the SAMPLER output" in message_of(server.queue(with_custom_sampler(sampler=["12", 0])))
+    assert "The sampler heun is not the one this table was trained for, euler: connect the SAMPLER output" in message_of(
+        server.queue(with_custom_sampler(sampler=["12", 0]))
+    )
     assert len(pictures(server, server.queue(with_custom_sampler(noise_seed=8)), "9")) == 4
 
 

@@ -113,7 +113,9 @@ def fit(error, start: torch.Tensor) -> torch.Tensor:
         loss = error(own).log()
         return float(loss.detach()), torch.autograd.grad(loss, own)[0].flatten().numpy()
 
-    best = minimize(ask, start.flatten().numpy(), jac=True, method="L-BFGS-B", bounds=[(-12.0, 6.0)] * start.numel(), options=dict(maxiter=2000, ftol=1e-14, gtol=1e-10))
+    best = minimize(
+        ask, start.flatten().numpy(), jac=True, method="L-BFGS-B", bounds=[(-12.0, 6.0)] * start.numel(), options=dict(maxiter=2000, ftol=1e-14, gtol=1e-10)
+    )
     return torch.tensor(best.x, dtype=torch.float64).view_as(start)
 
 
@@ -197,7 +199,8 @@ def test_few_trajectories_rule_a_squared_loss():
 
 
 def test_what_is_nearest_on_average_lacks_the_energy_of_its_error():
-    """§8: least squares leaves an error that nothing the student has explains, so E|x̂|² = E|x|² − E|x̂ − x|²: it is duller by exactly its error, and seeds lie nearer together."""
+    """§8: least squares leaves an error that nothing the student has explains, so E|x̂|² = E|x|² − E|x̂ − x|²: it is duller by exactly its error, and seeds lie
+    nearer together."""
     model, tableau = Mixture(), euler_tableau(torch.tensor(GRID, dtype=torch.float64))
     x = model.start(4096, GRID[0])
     end = model.flow(x, GRID[0], 0.0)
@@ -212,7 +215,8 @@ def test_what_is_nearest_on_average_lacks_the_energy_of_its_error():
 
 
 def test_guidance_is_at_work_only_while_the_class_is_open():
-    """§9: what the pair adds, D_cond − D_uncond, on the guided path of each picture: all of it at noise that hides the class, none where the class can be seen."""
+    """§9: what the pair adds, D_cond − D_uncond, on the guided path of each picture: all of it at noise that hides the class, none where the class can be
+    seen."""
     whole = Mixture()
     alone = Mixture()
     alone.means = whole.means[:3]  # the prompt: one of these modes
@@ -239,14 +243,25 @@ def test_the_first_call_tells_little_at_the_largest_sigma():
     def least(told) -> float:
         """Of Euler's calls at `told`, from x_T at σ_max."""
         tableaux = (started_at(euler_tableau(torch.tensor([*own, 0.0], dtype=torch.float64)), GRID[0]) for own in told)
-        return min(float((execute(tableau, lambda y, call, sigma: model.denoise(y, sigma), x) - end).square().mean().sqrt() / end.std()) for tableau in tableaux)
+        return min(
+            float((execute(tableau, lambda y, call, sigma: model.denoise(y, sigma), x) - end).square().mean().sqrt() / end.std()) for tableau in tableaux
+        )
 
     best = min(itertools.combinations(levels, 3), key=lambda own: least([own]))
-    pinned, free, four = (least(told) for told in (((GRID[0], *own) for own in itertools.combinations(levels[1:], 2)), [best], ((GRID[0], *own) for own in itertools.combinations(levels[1:], 3))))
+    pinned, free, four = (
+        least(told)
+        for told in (
+            ((GRID[0], *own) for own in itertools.combinations(levels[1:], 2)),
+            [best],
+            ((GRID[0], *own) for own in itertools.combinations(levels[1:], 3)),
+        )
+    )
     assert [pinned, free, four] == pytest.approx([0.366, 0.320, 0.294], abs=2e-3)
     moved, errors = Mixture(), []
     moved.means = model.means + end.std()  # as far from 0 as the data are spread
     for mean in (None, torch.full((2,), float(end.std()))):
         tableau = started_at(euler_tableau(torch.tensor([*best, 0.0], dtype=torch.float64)), GRID[0], mean)
-        errors.append(float((execute(tableau, lambda y, call, sigma: moved.denoise(y, sigma), x + end.std()) - end.std() - end).square().mean().sqrt() / end.std()))
+        errors.append(
+            float((execute(tableau, lambda y, call, sigma: moved.denoise(y, sigma), x + end.std()) - end.std() - end).square().mean().sqrt() / end.std())
+        )
     assert errors == pytest.approx([0.428, free], abs=2e-3)

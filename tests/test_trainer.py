@@ -28,7 +28,9 @@ validate_every = 2
 
 
 def trainer(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "trainer", "--comfyui", os.environ["COMFYUI_PATH"], *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", "--comfyui", os.environ["COMFYUI_PATH"], *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")

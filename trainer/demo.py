@@ -13,7 +13,8 @@ from .config import Run
 from .distill import distill_run
 
 RECIPE = Recipe(pictures=192, held_out=48, iterations=60, batch=32, validate_every=10, guidance=(2.0,))
-SHOWN, MEASURED, CAPTION = 8, 64, "error to the teacher (nRMSE, 0 = the same picture), {count} unseen prompts at cfg {cfg:g}: plain {plain:.3f}, MTEO {mteo:.3f}"
+SHOWN, MEASURED = 8, 64
+CAPTION = "error to the teacher (nRMSE, 0 = the same picture), {count} unseen prompts at cfg {cfg:g}: plain {plain:.3f}, MTEO {mteo:.3f}"
 
 
 def add_flags(parser) -> None:
@@ -37,10 +38,16 @@ def run(options) -> None:
     with torch.inference_mode():
         model, clip, vae = load("reference")
         unseen = unseen[:MEASURED]
-        latents = compare_model(model, made.embeddings, [encode(clip, text) for text in unseen], encode(clip, ""), empty_latent(model, 64, 64), RECIPE, MEASURED, seed=12345)
+        latents = compare_model(
+            model, made.embeddings, [encode(clip, text) for text in unseen], encode(clip, ""), empty_latent(model, 64, 64), RECIPE, MEASURED, seed=12345
+        )
         inner = {name: model.model.process_latent_in(value) for name, value in latents.items()}  # the space that the sampler works in
         errors = {name: nrmse(inner[name], inner["teacher"]) for name in ("plain", "mteo")}
-        labels = {"teacher": f"teacher\n{RECIPE.teacher_steps} steps", "plain": f"plain\n3 steps\n{errors['plain']['pooled']:.3f}", "mteo": f"MTEO\n3 steps\n{errors['mteo']['pooled']:.3f}"}
+        labels = {
+            "teacher": f"teacher\n{RECIPE.teacher_steps} steps",
+            "plain": f"plain\n3 steps\n{errors['plain']['pooled']:.3f}",
+            "mteo": f"MTEO\n3 steps\n{errors['mteo']['pooled']:.3f}",
+        }
         path = options.out / "sheet.png"
         sheet({label: vae.decode(latents[name][:SHOWN]) for name, label in labels.items()}, captions=unseen[:SHOWN]).save(path)
     print(CAPTION.format(count=MEASURED, cfg=max(RECIPE.guidance), plain=errors["plain"]["pooled"], mteo=errors["mteo"]["pooled"]))

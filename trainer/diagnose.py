@@ -9,7 +9,12 @@ from .report import Bars
 
 def add_flags(parser) -> None:
     config.add_flags(parser)
-    parser.add_argument("--trajectories", type=int, default=128, help="of the teacher, to measure on; with more of them the share of the offsets gets nearer to what a training reaches")
+    parser.add_argument(
+        "--trajectories",
+        type=int,
+        default=128,
+        help="of the teacher, to measure on; with more of them the share of the offsets gets nearer to what a training reaches",
+    )
     parser.add_argument("--table", help="a trained table for the recipe's steps")
 
 
@@ -26,8 +31,16 @@ def run(options) -> None:
         model, clip, _ = load(told.model)
         bars = Bars()
         try:
-            found = diagnose_model(model, [encode(clip, text) for text in told.prompts], encode(clip, told.negative), empty_latent(model, told.width, told.height), told.recipe,
-                                   options.trajectories, embeddings, bars)
+            found = diagnose_model(
+                model,
+                [encode(clip, text) for text in told.prompts],
+                encode(clip, told.negative),
+                empty_latent(model, told.width, told.height),
+                told.recipe,
+                options.trajectories,
+                embeddings,
+                bars,
+            )
         finally:
             bars.close()
     for diagnosis in found:
@@ -36,9 +49,15 @@ def run(options) -> None:
 
 def lines_of(diagnosis) -> list[str]:
     """Lines of text."""
-    lines = [f"cfg {diagnosis.cfg:g}: error of {len(diagnosis.errors)} ways (0 = the teacher's picture; the teacher against twice its steps: {diagnosis.teacher:.4f})"]
+    lines = [
+        f"cfg {diagnosis.cfg:g}: error of {len(diagnosis.errors)} ways "
+        f"(0 = the teacher's picture; the teacher against twice its steps: {diagnosis.teacher:.4f})"
+    ]
     lines += [f"  {error:.4f}  {name}" for name, error in diagnosis.errors.items()]
-    lines.append(f"  offsets, and coefficients where they are learned, remove at least {diagnosis.offsets:.0%} of the squared error that the plain ways leave; of that, by layer:")
+    lines.append(
+        f"  offsets, and coefficients where they are learned, remove at least {diagnosis.offsets:.0%} of the squared error that the plain ways leave; "
+        "of that, by layer:"
+    )
     lines += [f"  {share:6.1%}  {site}" for site, share in sorted(diagnosis.sites.items(), key=lambda entry: -entry[1])]
     if diagnosis.table is not None:
         lines.append(f"  the table: error {diagnosis.table:.4f}, it removed {diagnosis.achieved:.0%}")

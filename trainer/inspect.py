@@ -19,7 +19,8 @@ def describe(path: Path) -> list[str]:
     lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}"]
     for steps, table in sorted(embeddings.tables.items()):
         some = f", guided in {numbers(table.guided) or 'no step'} only" if table.alone else ""
-        lines.append(f"{steps} steps of {table.solver}{', rows learned' if table.learned is not None else ''}; sigmas {numbers(table.sigmas)}; cfg {numbers(table.guidance)}{some}")
+        rows = ", rows learned" if table.learned is not None else ""
+        lines.append(f"{steps} steps of {table.solver}{rows}; sigmas {numbers(table.sigmas)}; cfg {numbers(table.guidance)}{some}")
         width = max(map(len, table.offsets))
         for number, cfg in enumerate(table.guidance):
             log = [line for line in table.record.get("log", []) if line["cfg"] == cfg]

@@ -35,7 +35,11 @@ def plot_loss(log: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [(name, label) for name, label in (("held_out", "held-out error (0 = the teacher's picture)"), ("unlike", "unlike to the network (0 = alike)")) if any(line.get(name) is not None for line in log)]
+    shown = [
+        (name, label)
+        for name, label in (("held_out", "held-out error (0 = the teacher's picture)"), ("unlike", "unlike to the network (0 = alike)"))
+        if any(line.get(name) is not None for line in log)
+    ]
     figure, axes = plt.subplots(1, len(shown), figsize=(5 * len(shown), 4), layout="constrained", squeeze=False)
     for axis, (name, label) in zip(axes[0], shown, strict=True):
         for number, cfg in enumerate(dict.fromkeys(line["cfg"] for line in log)):

@@ -31,6 +31,8 @@ def run(options) -> None:
     with torch.inference_mode():
         model, clip, vae = load(options.model)
         latent = {"samples": empty_latent(model, options.width, options.height, options.count)}
-        made = sample_latent(model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength)
+        made = sample_latent(
+            model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength
+        )
         sheet({options.prompt: vae.decode(made["samples"])}).save(options.out)
     print(f"wrote {options.out}")

@@ -18,7 +18,13 @@ def parameters_of(lab: Lab, analytic: bool, seed: int = 0) -> dict[str, torch.Te
     """The small network, whose answer is the same for every picture at first; inner: σ of the second step (`Lab.middle`)."""
     generator = torch.Generator().manual_seed(seed)
     inputs = (lab.session.latent.shape[-1] // 2) ** 2 + 2  # the middle of both reference networks has half the latent's side
-    return dict(inner=torch.zeros(()), weight=torch.randn(HIDDEN, inputs, generator=generator) / inputs**0.5, bias=torch.zeros(HIDDEN), out=torch.zeros(3, HIDDEN), out_bias=torch.zeros(3))
+    return dict(
+        inner=torch.zeros(()),
+        weight=torch.randn(HIDDEN, inputs, generator=generator) / inputs**0.5,
+        bias=torch.zeros(HIDDEN),
+        out=torch.zeros(3, HIDDEN),
+        out_bias=torch.zeros(3),
+    )
 
 
 class Bottleneck:

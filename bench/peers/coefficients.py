@@ -17,9 +17,9 @@ from .lab import Lab
 
 @dataclass(frozen=True)
 class Freedom:
-    """grid: inner σ. told: the σ that the network is told at each call. rows: "solver" = of the base solver on the grid, "added" = a correction
-    of each coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). analytic: the first step of the grid takes D = 0 in place of an evaluation, and the
-    first call's σ is free with the others. training: what `fit` is told."""
+    """grid: inner σ. told: the σ that the network is told at each call. rows: "solver" = of the base solver on the grid, "added" = a correction of each
+    coefficient of x_T and D (GS), "weights" = free weights of all slopes so far (DyWeight). analytic: the first step of the grid takes D = 0 in place of an
+    evaluation, and the first call's σ is free with the others. training: what `fit` is told."""
 
     base: str
     rows: str = "solver"
@@ -45,7 +45,8 @@ def parameters_of(freedom: Freedom, sigmas: list[float]) -> dict[str, torch.Tens
 
 
 def table_of(freedom: Freedom, learned: dict[str, torch.Tensor], sigmas: list[float], flow: bool = False) -> tuple[list, list[torch.Tensor], list]:
-    """(σ of each call, row of each call and of the result [K + 1] over x_T, D_0 … D_{K−1}, σ told: also of a free σ, as the model rounds its own), differentiable in `learned`."""
+    """(σ of each call, row of each call and of the result [K + 1] over x_T, D_0 … D_{K−1}, σ told: also of a free σ, as the model rounds its own),
+    differentiable in `learned`."""
     steps = len(sigmas) - 1 - freedom.analytic
     top, *rest = (torch.tensor(sigma, dtype=torch.float64) for sigma in sigmas)
     if "grid" in learned:

@@ -22,8 +22,8 @@ class Lab:
             return self.session.denoise(x, sigma, batch.item, batch.guidance)
 
     def first_slope(self, x: torch.Tensor, batch: Trajectories, analytic: bool) -> torch.Tensor:
-        """d = (x − D)/σ at sigma_max; analytic, without an evaluation: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise; x for a
-        flow model, which starts at pure noise, where D is the mean of all pictures, 0."""
+        """d = (x − D)/σ at sigma_max; analytic, without an evaluation: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise; x for
+        a flow model, which starts at pure noise, where D is the mean of all pictures, 0."""
         if analytic:
             return x if self.session.flow else x / (1 + self.sigma_max**2) ** 0.5
         return (x - self.denoise(x, self.sigma_max, batch)) / self.sigma_max

@@ -1,8 +1,8 @@
-"""LCM-LoRA (Luo et al. 2023, arXiv 2311.05556, after 2310.04378): low-rank updates of every layer are trained so that the answer to the prompt alone, from any σ of
-the teacher's guided path, is where that path ends.
+"""LCM-LoRA (Luo et al. 2023, arXiv 2311.05556, after 2310.04378): low-rank updates of every layer are trained so that the answer to the prompt alone, from any
+σ of the teacher's guided path, is where that path ends.
 
-It is no peer, as it changes the weights: a bound. It takes one evaluation a step where guidance takes a pair, and draws fresh noise between its steps, so that it is near the
-teacher's pictures as a set, and far from each of them.
+It is no peer, as it changes the weights: a bound. It takes one evaluation a step where guidance takes a pair, and draws fresh noise between its steps, so that
+it is near the teacher's pictures as a set, and far from each of them.
 """
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +15,10 @@ from mteo.teacher import Trajectories
 
 from .lab import Lab
 
-RANK, LEVELS, HUBER, TARGET = 32, 48, 1e-3, 0.95  # of an update; steps of the teacher's path; where the loss (LCM eq. 14's distance) goes from square to absolute; memory of the answer aimed at (LCM algorithm 1)
+RANK = 32  # of an update
+LEVELS = 48  # steps of the teacher's path
+HUBER = 1e-3  # where the loss (LCM eq. 14's distance) goes from square to absolute
+TARGET = 0.95  # memory of the answer aimed at (LCM algorithm 1)
 
 
 def layers_of(network: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -68,7 +71,9 @@ def each(sigma: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(lab: Lab, sigmas: list[float], values: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def sample(
+    lab: Lab, sigmas: list[float], values: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """End points by f and fresh noise in turn on `sigmas` [K + 1], the last 0 (LCM algorithm 3)."""
     x = start
     with updated(lab.network, values):

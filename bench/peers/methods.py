@@ -55,7 +55,8 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
 
 
 def start_grid(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[float]:
-    """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic step has a step more."""
+    """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic
+    step has a step more."""
     base = name.removesuffix(ANALYTIC)
     steps += base != name
     errors = plain[steps][BASES.get(base, "euler")]
@@ -68,7 +69,8 @@ def teacher_cost(pairs: Trajectories) -> int:
 
 
 def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, rate: float | None = None, steps: int = STEPS) -> dict:
-    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs` included; `rate`: None = the best of RATES."""
+    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs`
+    included; `rate`: None = the best of RATES."""
     teacher = teacher_cost(pairs)
 
     def work(session):

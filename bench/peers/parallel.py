@@ -23,10 +23,13 @@ def places_of(evaluations: int, analytic: bool) -> list[int]:
 
 
 def parameters_of(evaluations: int, analytic: bool) -> dict[str, torch.Tensor]:
-    """Of all places in turn: place: logit of r; weight: logits of a step's weights; direction, told: logarithms. middle: of each later step's start (`Lab.middle`)."""
+    """Of all places in turn: place: logit of r; weight: logits of a step's weights; direction, told: logarithms. middle: of each later step's start
+    (`Lab.middle`)."""
     places = places_of(evaluations, analytic)
     zeros = lambda: torch.zeros(sum(places))
-    return dict(place=torch.cat([torch.arange(0.0, count) for count in places]), weight=zeros(), direction=zeros(), told=zeros()) | ({"middle": torch.zeros(len(places) - 1)} if len(places) > 1 else {})
+    return dict(place=torch.cat([torch.arange(0.0, count) for count in places]), weight=zeros(), direction=zeros(), told=zeros()) | (
+        {"middle": torch.zeros(len(places) - 1)} if len(places) > 1 else {}
+    )
 
 
 def sample(lab: Lab, evaluations: int, analytic: bool, learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
@@ -42,7 +45,13 @@ def sample(lab: Lab, evaluations: int, analytic: bool, learned: dict[str, torch.
             continue
         floor = torch.tensor(lab.sigma_min) if last else low  # a place needs a σ above 0
         mean = 0
-        for place, weight, direction, told in zip(numbers["place"][number].sigmoid(), numbers["weight"][number].softmax(0), numbers["direction"][number].exp(), numbers["told"][number].exp(), strict=True):
+        for place, weight, direction, told in zip(
+            numbers["place"][number].sigmoid(),
+            numbers["weight"][number].softmax(0),
+            numbers["direction"][number].exp(),
+            numbers["told"][number].exp(),
+            strict=True,
+        ):
             at = lab.between(floor, high, place)
             y = x + (at - high) * direction * slope
             mean = mean + weight * (y - lab.denoise(y, at, batch, told * at)) / at

@@ -22,7 +22,17 @@ def euler(lab: Lab, x, high: float, low: float, batch) -> torch.Tensor:
     return low / high * x + (1 - low / high) * lab.denoise(x, high, batch)
 
 
-def train(lab: Lab, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, rate: float = 1e-4, batch: int = 32, memory: float = 0.99) -> tuple[dict, float]:
+def train(
+    lab: Lab,
+    sigmas: list[float],
+    pairs: Trajectories,
+    held_out: Trajectories,
+    budget: int,
+    seed: int,
+    rate: float = 1e-4,
+    batch: int = 32,
+    memory: float = 0.99,
+) -> tuple[dict, float]:
     """(the best averaged weights, their held-out error) after `budget` evaluations; pairs.states are the teacher's at the inner σ. The network of `lab`
     is trained in place: a private copy."""
     named = dict(lab.network.named_parameters())

@@ -1,4 +1,5 @@
-"""DPM-Solver-v3 (Zheng et al. 2023, arXiv 2310.13268): the part of the flow that is linear, on average over the model's own trajectories, is solved in closed form.
+"""DPM-Solver-v3 (Zheng et al. 2023, arXiv 2310.13268): the part of the flow that is linear, on average over the model's own trajectories, is solved in closed
+form.
 
 In λ = −ln σ and variance-exploding x, dx/dλ = −(x − D) = −(l·x + f): l is the mean diagonal of ∂(x − D)/∂x (eq. 9), and f changes along a trajectory as
 df/dλ ≈ s·f + b, s and b by linear regression (eq. 11); all are arrays of one picture's shape. What is left, g = e^(−∫s)·f − ∫e^(−∫s)·b, hardly moves, and is a
@@ -114,6 +115,8 @@ def train(lab: Lab, pairs: Trajectories, held_out: Trajectories, grids: list[lis
         if sigmas[-2] > 1.05 * lab.sigma_min:
             for order in ORDERS:
                 learned = numbers | {"order": torch.tensor(order)}
-                tried.append((error_of(lab, lambda own, part, start, grid=sigmas: sample(lab, grid, own, part, start), learned, held_out), len(tried), sigmas, learned))
+                tried.append(
+                    (error_of(lab, lambda own, part, start, grid=sigmas: sample(lab, grid, own, part, start), learned, held_out), len(tried), sigmas, learned)
+                )
     error, _, sigmas, learned = min(tried)
     return sigmas, learned, error

@@ -39,7 +39,8 @@ def content_hash(value) -> str:
 
 
 # What an entry may hold beside its encoded `model_conds` and still be stacked: inputs of that encoding, nothing that acts by itself.
-ENCODED = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", "width", "height", "crop_w", "crop_h", "target_width", "target_height", "guidance"}
+ENCODED = {"model_conds", "uuid", "cross_attn", "pooled_output", "attention_mask", "guidance"}
+ENCODED |= {"width", "height", "crop_w", "crop_h", "target_width", "target_height"}
 
 
 def stackable(prompts: list[list[dict]]) -> bool:

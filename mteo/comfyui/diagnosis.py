@@ -1,4 +1,4 @@
-"""Is a model worth distilling, and what helps it? Measured on a few dozen teacher trajectories before any training; and of a trained table, where the rest lies."""
+"""Is a model worth distilling, and what helps it? Measured on a few dozen teacher trajectories before any training; of a trained table, where the rest lies."""
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,11 +25,12 @@ NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched
 class Diagnosis:
     """Of one cfg value. Errors are RMSE ÷ the teacher's spread (0 = the teacher's picture), shares of the squared error (1 = all of it).
 
-    teacher: the teacher's own error against twice its steps. errors: the plain solver on a named grid, with a solved last row, on the searched grid too (where the
-    recipe asks for one), and with the best offsets and, where the recipe learns them, coefficients. offsets: the share that these remove; sites: how much of it each layer gives, and the
-    coefficients (sum 1).
-    With a table: achieved = the share that it removed, table = its error, states = error of its states at each inner σ and at the end, bands = its end error by
-    frequency ÷ the teacher's energy there, low to high."""
+    teacher: the teacher's own error against twice its steps.
+    errors: the plain solver on a named grid, with a solved last row, on the searched grid too (where the recipe asks for one), and with the
+        best offsets and, where the recipe learns them, coefficients.
+    offsets: the share that these remove; sites: how much of it each layer gives, and the coefficients (sum 1).
+    With a table: achieved = the share that it removed, table = its error, states = error of its states at each inner σ and at the end,
+        bands = its end error by frequency ÷ the teacher's energy there, low to high."""
 
     cfg: float
     teacher: float
@@ -42,7 +43,9 @@ class Diagnosis:
     bands: list[float] = field(default_factory=list)
 
 
-def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, pictures: int = 128, embeddings: Embeddings | None = None, progress=no_progress) -> list[Diagnosis]:
+def diagnose_model(
+    model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, pictures: int = 128, embeddings: Embeddings | None = None, progress=no_progress
+) -> list[Diagnosis]:
     """One for each of the recipe's cfg values, of `pictures` trajectories that no training uses. The model is not changed. MTEOError as `distill_model`."""
     if pictures < 4:
         raise MTEOError(f"trajectories is {pictures}: give 4 or more, as shares are found on one half of them and counted on the other.")
@@ -50,10 +53,15 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
     with training_mode():
         private = private_copy(model)
         for number, cfg in enumerate(recipe.guidance):
-            pairs, tableau, own = run_session(private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress))
-            table = untrained_table(private.model.diffusion_model, private.get_model_object("model_sampling"), recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided)
+            pairs, tableau, own = run_session(
+                private, positives, negative, latent, lambda session, n=number: plain_errors(session, recipe, n, pictures, len(positives), progress)
+            )
+            network, sampling = private.model.diffusion_model, private.get_model_object("model_sampling")
+            table = untrained_table(network, sampling, recipe.space, own.pop("sigmas"), recipe.solver, tableau, recipe.guided)
             patched, patch = with_table(private, Embeddings({recipe.steps: table}, recipe.space))
-            share = run_session(patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, recipe, t, q, progress))
+            share = run_session(
+                patched, positives, negative, latent, lambda session, p=patch, t=tableau, q=pairs: of_offsets(session, p, recipe, t, q, progress)
+            )
             last = list(own["errors"].values())[-1]
             own["errors"]["and the best offsets"] = last * (1 - share.best) ** 0.5
             diagnosis = Diagnosis(cfg, own["teacher"], own["errors"], share.best, share.sites)
@@ -68,7 +76,9 @@ def diagnose_model(model, positives: list, negative, latent: torch.Tensor, recip
 @torch.no_grad()
 def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, prompts: int, progress) -> tuple[Trajectories, Tableau, dict]:
     """(the pairs, the tableau that offsets are added to, its σ and the errors so far)."""
-    pairs = gather(session, teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress)
+    pairs = gather(
+        session, teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress
+    )
     few = pairs.part(slice(0, 16))
     finer = execute(teacher_tableau(session, teacher_sigmas(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
     spread, free = float(pairs.end.cpu().double().std()), recipe.grid == FREE
@@ -77,7 +87,10 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
     sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
     tableau = read_tableau(comfy.samplers.sampler_object(name), sigmas, session.sampling, name)
     terms = plain.terms(tableau)
-    errors = {f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"], "with a solved last row": root(row_error(terms, pairs.end, tableau))}
+    errors = {
+        f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"],
+        "with a solved last row": root(row_error(terms, pairs.end, tableau)),
+    }
     if free:
         [tableau] = search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow, progress, analytic=recipe.rows != "solver")
         sigmas = tableau.schedule.float()
@@ -105,7 +118,9 @@ def of_table(session: Session, patch, recipe: Recipe, pairs: Trajectories, diagn
     tableau, spread = table.tableau_at(diagnosis.cfg), float(pairs.end.cpu().double().std())
     patch.offsets.scale = 0.0
     schedule = tableau.schedule.tolist()
-    wanted, _ = follow(teacher_tableau(session, refined_of(session, schedule, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, schedule)
+    wanted, _ = follow(
+        teacher_tableau(session, refined_of(session, schedule, recipe.teacher_steps)), partial(denoise_of(session), batch=pairs), pairs.start, schedule
+    )
     patch.offsets.scale = 1.0
     states, end = follow(tableau, partial(denoise_of(session, table.alone), batch=pairs), pairs.start, schedule)
     errors = (states - wanted).cpu().double().square().mean((0, *range(2, states.dim()))).sqrt() / spread

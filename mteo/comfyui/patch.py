@@ -114,8 +114,8 @@ class Patch:
 
     @contextmanager
     def hooked(self, base, rows: tuple, device: torch.device):
-        """Inside, the network of ComfyUI's BaseModel has the hooks of its sites. One row for the whole batch: gains are in the normalisations' own weights, where they can be, and need none.
-        A compiled network has had its hooks since it was injected."""
+        """Inside, the network of ComfyUI's BaseModel has the hooks of its sites. One row for the whole batch: gains are in the normalisations' own weights,
+        where they can be, and need none. A compiled network has had its hooks since it was injected."""
         network = base.diffusion_model
         if network not in self.users.values() or self.offsets.current is None:
             yield
@@ -138,7 +138,8 @@ class Patch:
         yield
 
     def fold(self, base, device: torch.device) -> Folded | None:
-        """The gains in the weights of the network's normalisations, made once for a table and a set of LoRAs, which ComfyUI numbers; None where they cannot be."""
+        """The gains in the weights of the network's normalisations, made once for a table and a set of LoRAs, which ComfyUI numbers; None where they cannot
+        be."""
         if getattr(base.current_patcher, "hook_patches", None):
             return None  # LoRAs that come and go within a sampling
         made_of, (known, folded) = (base.diffusion_model, self.offsets.joined(device), base.current_weight_patches_uuid), self.folded
@@ -199,7 +200,9 @@ def require_schedule(table: Table, sigmas: torch.Tensor) -> None:
     starts = [i for i in range(1, len(own) - 1) if len(asked) >= 2 and close(asked, own[i : i + len(asked)])]
     if starts:
         raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample from step 0, or use the plain model for a partial denoise.")
-    raise MTEOError(f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler.")
+    raise MTEOError(
+        f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler."
+    )
 
 
 def require_timesteps(table: Table, sampling) -> None:
@@ -207,13 +210,18 @@ def require_timesteps(table: Table, sampling) -> None:
     for sigma, trained in zip(table.tableau.row_sigmas.tolist(), table.timesteps, strict=True):
         now = float(sampling.timestep(torch.tensor(sigma)))
         if abs(now - trained) > 1e-3 * max(abs(trained), 1e-3):
-            raise MTEOError(f"The model reads sigma {sigma:.4g} as time {now:.4g}, this table was trained with {trained:.4g}: remove the node that changes the model's sampling.")
+            raise MTEOError(
+                f"The model reads sigma {sigma:.4g} as time {now:.4g}, this table was trained with {trained:.4g}: "
+                "remove the node that changes the model's sampling."
+            )
 
 
 def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor, sampling, cfg: float) -> None:
     """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's at `cfg`."""
     own = sampler_name(sampler)
-    wrong = MTEOError(f"The sampler {own} is not the one this table was trained for, {table.solver}: connect the SAMPLER output of Apply MTEO to the sampler node.")
+    wrong = MTEOError(
+        f"The sampler {own} is not the one this table was trained for, {table.solver}: connect the SAMPLER output of Apply MTEO to the sampler node."
+    )
     if table.alone and own != OWN:
         raise wrong
     try:
@@ -293,6 +301,10 @@ def require_model(model, embeddings: Embeddings) -> None:
         return
     relative = difference(model_fingerprint(model, list(trained)), trained)
     if verdict(relative) == "other":
-        raise MTEOError(f"This table was distilled for another model (its weights differ by {100 * relative:.0f} %): load the table of this model, or distil one.")
+        raise MTEOError(
+            f"This table was distilled for another model (its weights differ by {100 * relative:.0f} %): load the table of this model, or distil one."
+        )
     if verdict(relative) == "sibling":
-        logging.warning(f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %); it helps, but less than its own would.")
+        logging.warning(
+            f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %); it helps, but less than its own would."
+        )

@@ -25,11 +25,25 @@ def samples_for(model, latent: dict) -> torch.Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[: max(known, 0)])
 
 
-def sample_latent(model, embeddings: Embeddings, latent: dict, seed: int, positive, negative=None, steps: int = 0, cfg: float = 1.0, strength: float = 1.0, start_step: int = 0,
-                  end_step: int = 10000, add_noise: bool = True, leftover_noise: bool = False, off_grid: str = "error") -> dict:
+def sample_latent(
+    model,
+    embeddings: Embeddings,
+    latent: dict,
+    seed: int,
+    positive,
+    negative=None,
+    steps: int = 0,
+    cfg: float = 1.0,
+    strength: float = 1.0,
+    start_step: int = 0,
+    end_step: int = 10000,
+    add_noise: bool = True,
+    return_with_leftover_noise: bool = False,
+    off_grid: str = "error",
+) -> dict:
     """A LATENT. Mask, batch index and ratios travel in `latent`. negative may be missing at cfg 1, where it is not used.
 
-    end_step below K stops early: with leftover_noise the noisy latent, without it the model's last denoised.
+    end_step below K stops early: with return_with_leftover_noise the noisy latent, without it the model's last denoised.
     """
     patched, sampler, sigmas = applied(model, embeddings, steps, strength, off_grid)
     total = len(sigmas) - 1
@@ -42,9 +56,21 @@ def sample_latent(model, embeddings: Embeddings, latent: dict, seed: int, positi
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples, device="cpu")
     x0 = {}
     callback = latent_preview.prepare_callback(patched, len(sigmas) - 1, x0)
-    out = comfy.sample.sample_custom(patched, noise, cfg, sampler, sigmas, positive, positive if negative is None else negative, samples, noise_mask=latent.get("noise_mask"),
-                                     callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed)
-    if end_step < total and not leftover_noise:
+    out = comfy.sample.sample_custom(
+        patched,
+        noise,
+        cfg,
+        sampler,
+        sigmas,
+        positive,
+        positive if negative is None else negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=callback,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    if end_step < total and not return_with_leftover_noise:
         out = patched.model.process_latent_out(x0["x0"].cpu())
     kept = {name: value for name, value in latent.items() if name not in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
     return {**kept, "samples": out}

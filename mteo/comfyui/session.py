@@ -29,8 +29,8 @@ def is_flow(sampling) -> bool:
 
 
 def short_floats(device: torch.device):
-    """Inside, a processor that multiplies bfloat16 itself (AVX-512 BF16, with or without AMX) does so: 1.8 to 3.5 times as many evaluations of the reference models
-    a second, each .2 % to 1.4 % off float32's answer. A graphics card computes as ComfyUI chose."""
+    """Inside, a processor that multiplies bfloat16 itself (AVX-512 BF16, with or without AMX) does so: 1.8 to 3.5 times as many evaluations of the reference
+    models a second, each .2 % to 1.4 % off float32's answer. A graphics card computes as ComfyUI chose."""
     return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
@@ -64,8 +64,8 @@ class Session:
         return self._wrap.inner_model.process_latent_out(x.float()).cpu()
 
     def denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one
-        prompt) are evaluated together, fewer where the card's memory does not hold them; with a gradient it is the caller who asks for fewer (mteo/gradient.py)."""
+        """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one prompt) are evaluated
+        together, fewer where the card's memory does not hold them; with a gradient it is the caller who asks for fewer (mteo/gradient.py)."""
         while True:
             try:
                 return self._denoise(x, sigma, item, guidance)
@@ -147,8 +147,8 @@ def training_mode():
 
 
 def plain_attention(function, q, *args, **kwargs):
-    """Attention with a backward pass, whatever kernel the user chose for sampling. On a processor PyTorch's fused kernel takes a third of a training step for its
-    backward pass, so that the plain sum is taken there."""
+    """Attention with a backward pass, whatever kernel the user chose for sampling. On a processor PyTorch's fused kernel takes a third of a training step for
+    its backward pass, so that the plain sum is taken there."""
     if q.device.type == "cpu" and torch.is_grad_enabled():
         with sdpa_kernel(SDPBackend.MATH):
             return attention_pytorch(q, *args, **kwargs)

@@ -27,7 +27,9 @@ class _ProbeModel:
 
     def get_model_object(self, name: str):
         if name != "model_sampling":
-            raise MTEOError(f"The sampler {self._name} asks the model for {name}, so it cannot be read as a table: choose an ODE sampler such as euler or dpmpp_2m.")
+            raise MTEOError(
+                f"The sampler {self._name} asks the model for {name}, so it cannot be read as a table: choose an ODE sampler such as euler or dpmpp_2m."
+            )
         return self.model_sampling
 
     def __call__(self, x, sigma, model_options=None, **kwargs):
@@ -66,8 +68,8 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
 
 
 def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops at the call that has the last of `sigmas` in `schedule` [N],
-    whatever σ the table tells there."""
+    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops at the
+    call that has the last of `sigmas` in `schedule` [N], whatever σ the table tells there."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model

@@ -40,7 +40,9 @@ class Distilled:
     previews: dict[str, torch.Tensor]
 
 
-def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, folder: Path | None = None, sampler=None, progress=no_progress) -> Distilled:
+def distill_model(
+    model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, folder: Path | None = None, sampler=None, progress=no_progress
+) -> Distilled:
     """Embeddings for `recipe.steps` steps, from the model's own trajectories. The model is not changed.
 
     positives: a list of conditionings, one a prompt; negative: one; latent [1, C, H, W] gives the size. sampler: a SAMPLER in place
@@ -61,14 +63,17 @@ def distill_model(model, positives: list, negative, latent: torch.Tensor, recipe
             embeddings = store.started()
             if embeddings is None:
                 grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps)
-                table = run_session(private, positives, negative, latent, lambda session: choose_solver(session, private.model.diffusion_model, recipe, grid, sampler, name, len(positives), progress))
+                network, prompts = private.model.diffusion_model, len(positives)
+                choose = lambda session: choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
+                table = run_session(private, positives, negative, latent, choose)
                 embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
                 store.start(embeddings)
             parts = []
             for number in range(len(recipe.guidance)):
                 patched, patch = with_table(private, embeddings)
                 told = partial(progress, part=(number, len(recipe.guidance)))
-                parts.append(run_session(patched, positives, negative, latent, lambda session, n=number, p=patch, t=told: train(session, p, recipe, n, len(positives), store, t)))
+                learn = lambda session, n=number, p=patch, t=told: train(session, p, recipe, n, len(positives), store, t)
+                parts.append(run_session(patched, positives, negative, latent, learn))
             embeddings.tables[recipe.steps] = joined(parts)
             store.finish(embeddings)
         patched, patch = with_table(private, embeddings)
@@ -82,7 +87,9 @@ def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:
         raise MTEOError(f"The grid {scheduler} is not known: choose {FREE} or one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}.")
     sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).clone().float()
     if len(sigmas) != steps + 1 or abs(float(sigmas[0] / sampling.sigma_max) - 1) > 1e-5:
-        raise MTEOError(f"The grid {scheduler} gives {len(sigmas) - 1} steps from sigma {float(sigmas[0]):.4g} for this model: choose another grid, such as sgm_uniform.")
+        raise MTEOError(
+            f"The grid {scheduler} gives {len(sigmas) - 1} steps from sigma {float(sigmas[0]):.4g} for this model: choose another grid, such as sgm_uniform."
+        )
     return sigmas
 
 
@@ -100,7 +107,8 @@ def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torc
 
 
 def denoise_of(session: Session, alone: Sequence[int] = ()):
-    """denoise(x, call, sigma, batch) -> D of a solver on the session's model, each picture with its prompt and cfg; the calls `alone` ask for the prompt alone."""
+    """denoise(x, call, sigma, batch) -> D of a solver on the session's model, each picture with its prompt and cfg; the calls `alone` ask for the prompt
+    alone."""
 
     def denoise(x: torch.Tensor, call: int, sigma: float, batch: Trajectories) -> torch.Tensor:
         return session.denoise(x, sigma, batch.item, torch.ones_like(batch.guidance) if call in alone else batch.guidance)
@@ -109,10 +117,14 @@ def denoise_of(session: Session, alone: Sequence[int] = ()):
 
 
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
-    """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are learned, each cfg value gets σ of its own;
-    elsewhere the named solver's coefficients go with one grid for all."""
+    """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are
+    learned, each cfg value gets σ of its own; elsewhere the named solver's coefficients go with one grid for all."""
     free, sigma_max = isinstance(grid, str), float(session.sampling.sigma_max)
-    read = lambda sigmas: euler_tableau(sigmas) if sampler is None and recipe.solver == "euler" else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
+    read = lambda sigmas: (
+        euler_tableau(sigmas)
+        if sampler is None and recipe.solver == "euler"
+        else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
+    )
     if free:
         apart = recipe.rows == "all" and len(read(teacher_sigmas(session, recipe.steps)).sigmas) == recipe.steps
         found = search_solvers(session, recipe, apart, prompts, progress)
@@ -135,14 +147,18 @@ def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, 
     rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
     told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
     teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
-    pairs = [gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell) for number, tell in zip(rising, told, strict=True)]
+    pairs = [
+        gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell)
+        for number, tell in zip(rising, told, strict=True)
+    ]
     plains = [Plain(denoise_of(session, recipe.alone), own) for own in pairs]
     search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
 def teacher_sigmas(session: Session, steps: int) -> torch.Tensor:
-    """The teacher's grid [steps + 1]: Karras', or for a flow model even steps of its own, shifted time (Esser et al. 2024, eq. 23), on which 24 steps are twice as near to many (docs/ablations.md)."""
+    """The teacher's grid [steps + 1]: Karras', or for a flow model even steps of its own, shifted time (Esser et al. 2024, eq. 23), on which 24 steps are twice
+    as near to many (docs/ablations.md)."""
     if not session.flow:
         return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
     grid = named_grid(session.sampling, "sgm_uniform", steps)
@@ -160,7 +176,9 @@ def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
     return read_tableau(comfy.samplers.sampler_object("dpmpp_2m"), sigmas, session.sampling, "dpmpp_2m")
 
 
-def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, number: int, stream: int, count: int, prompts: int, store, progress) -> Trajectories:
+def gather(
+    session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, number: int, stream: int, count: int, prompts: int, store, progress
+) -> Trajectories:
     """`count` teacher trajectories of the noise stream at the recipe's cfg value of that number; prompts in turn. Chunks that the store has are read."""
     cfg = recipe.guidance[number]
     parts, stage = [], {TRAIN: "teacher", VALIDATION: "teacher, held out", SEARCH: "teacher, for the grid"}[stream]
@@ -173,7 +191,12 @@ def gather(session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, n
             guidance = torch.full((size,), cfg, dtype=torch.float64)
             start = session.start(session.noise(size, (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63), teacher.sigmas[0])
             with torch.no_grad():
-                states, end = follow(teacher, partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)), start, [] if student_sigmas is None else student_sigmas)
+                states, end = follow(
+                    teacher,
+                    partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)),
+                    start,
+                    [] if student_sigmas is None else student_sigmas,
+                )
             part = Trajectories(start, states, end, item, guidance)
             if store:
                 store.write_chunk(stream, number, chunk, part)
@@ -208,7 +231,9 @@ def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajecto
     patch.at(cfg)
     patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
     perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perceives(cfg) else None
-    best, tableau, state = distill(denoise_of(session, patch.table.alone), perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress)
+    best, tableau, state = distill(
+        denoise_of(session, patch.table.alone), perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress
+    )
     return replace(patch.table, guidance=[cfg], offsets={path: as_stored(rows)[None] for path, rows in best.items()},
                    learned=None if recipe.rows == "solver" else [tableau], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))
 
@@ -217,11 +242,18 @@ def joined(parts: list[Table]) -> Table:
     """One table of those that were trained at one cfg value each, in rising order of it."""
     parts = sorted(parts, key=lambda part: part.guidance[0])
     record = parts[0].record | dict(log=[line for part in parts for line in part.record["log"]])
-    return replace(parts[0], guidance=[part.guidance[0] for part in parts], offsets={path: torch.cat([part.offsets[path] for part in parts]) for path in parts[0].offsets},
-                   learned=None if parts[0].learned is None else [own for part in parts for own in part.learned], record=record)
+    return replace(
+        parts[0],
+        guidance=[part.guidance[0] for part in parts],
+        offsets={path: torch.cat([part.offsets[path] for part in parts]) for path in parts[0].offsets},
+        learned=None if parts[0].learned is None else [own for part in parts for own in part.learned],
+        record=record,
+    )
 
 
-def compare_model(model, embeddings: Embeddings, positives: list, negative, latent: torch.Tensor, recipe: Recipe, count: int, seed: int) -> dict[str, torch.Tensor]:
+def compare_model(
+    model, embeddings: Embeddings, positives: list, negative, latent: torch.Tensor, recipe: Recipe, count: int, seed: int
+) -> dict[str, torch.Tensor]:
     """`count` pictures as LATENT by "teacher", "plain" (the named solver on the table's grid) and "mteo", of the same noise."""
     with training_mode():
         patched, patch = with_table(private_copy(model), embeddings)
@@ -240,7 +272,11 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
         guidance = torch.full((len(item),), cfg, dtype=torch.float64)
         start = session.start(noise[begin : begin + CHUNK], torch.tensor(table.sigmas[0]))
         part = Trajectories(start, start[:, :0], start, item, guidance)
-        for name, tableau, strength, alone in (("teacher", fine, 0.0, ()), ("plain", table.tableau, 0.0, ()), ("mteo", table.tableau_at(cfg), 1.0, table.alone)):
+        for name, tableau, strength, alone in (
+            ("teacher", fine, 0.0, ()),
+            ("plain", table.tableau, 0.0, ()),
+            ("mteo", table.tableau_at(cfg), 1.0, table.alone),
+        ):
             patch.offsets.scale = strength
             made[name].append(session.out(execute(tableau, partial(denoise_of(session, alone), batch=part), start)))
     return {name: torch.cat(parts) for name, parts in made.items()}

@@ -3,7 +3,6 @@
 All start from the plain model's searched σ and coefficients. One training seed unless told: small differences may be its own.
 """
 import argparse
-import json
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from reference.objects import weights_file
 
 from .distances import spectrum_gap
 from .heldout import STEPS, free_rival
-from .parts import RESULTS, ROOT, TEACHER_STEPS, ends_of, error_line, name_of, parts, rounded, stage, teacher_pairs, train_embeddings, write_result
+from .parts import ROOT, TEACHER_STEPS, ends_of, error_line, name_of, parts, rounded, rows_before, stage, teacher_pairs, train_embeddings, write_result
 
 BANDS = 4
 VARIANTS = {
@@ -52,7 +51,9 @@ def run(arguments: list[str]) -> dict:
     start = stage(folder, "free", free_rival, seen, held_out, 64)["grid, all rows"]
     train = stage(folder, "train", teacher_pairs, seen, told.pictures, told.cfg, 1, TEACHER_STEPS, tuple(start.schedule.tolist()[:-1]))
     base = Recipe(steps=STEPS, rows="all", guidance=(told.cfg,), iterations=told.iterations)
-    result = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds)
+    result = dict(
+        model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), pictures=told.pictures, iterations=told.iterations, seeds=told.seeds
+    )
     rows = rows_before(f"ablations-{told.model}-cfg{told.cfg:g}", result) if told.only else {}
     rows["no training"] = errors_of([ends_of(fresh, test, start)], test)
     for name in told.only or VARIANTS:
@@ -60,7 +61,10 @@ def run(arguments: list[str]) -> dict:
             continue  # it is not asked at this cfg anyway
         if VARIANTS[name].get("space") == "embedding" and not any(is_gain(site.path) for site in find_sites(seen.model.model.diffusion_model, base.space)):
             continue  # this family has no gains anyway
-        made = [stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out) for seed in range(told.seeds)]
+        made = [
+            stage(folder, f"{name}-{told.iterations}-{seed}", train_embeddings, seen, replace(changed(base, VARIANTS[name]), seed=seed), start, train, held_out)
+            for seed in range(told.seeds)
+        ]
         rows[name] = errors_of([ends_of(fresh, test, one.tables[STEPS].tableau_at(told.cfg), one) for one in made], test)
         print(error_line(name, rows[name]), flush=True)
     write_result(f"ablations-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
@@ -70,13 +74,6 @@ def run(arguments: list[str]) -> dict:
 def changed(base: Recipe, told: dict) -> Recipe:
     """The recipe with other values; sequential and iterations are told as shares of the base's iterations."""
     return replace(base, **{name: round(value * base.iterations) if name in ("sequential", "iterations") else value for name, value in told.items()})
-
-
-def rows_before(name: str, about: dict) -> dict:
-    """What an earlier run wrote, if it was of the same weights and numbers."""
-    file = RESULTS / f"{name}.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
-    return before["rows"] if all(before.get(key) == value for key, value in about.items()) else {}
 
 
 def errors_of(ends: list[torch.Tensor], pairs: Trajectories) -> dict[str, float]:

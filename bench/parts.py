@@ -83,6 +83,13 @@ def write_result(name: str, value: dict) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
 
 
+def rows_before(name: str, about: dict) -> dict:
+    """The rows of bench/results/NAME.json, if they are of the same weights and numbers."""
+    file = RESULTS / f"{name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    return before["rows"] if all(before.get(key) == value for key, value in about.items()) else {}
+
+
 def error_line(name: str, errors: dict[str, float]) -> str:
     """A row of errors for the terminal."""
     return f"{name:44}" + "  ".join(f"{key} {value:.4f}" for key, value in errors.items())
@@ -132,7 +139,15 @@ def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TE
 
 def untrained(seen: Parts, recipe: Recipe, tableau: Tableau) -> Embeddings:
     """Zero offsets for a solver's table; the recipe says of how many steps and where they act."""
-    table = untrained_table(seen.model.model.diffusion_model, seen.model.get_model_object("model_sampling"), recipe.space, tableau.schedule.float(), recipe.solver, tableau, recipe.guided)
+    table = untrained_table(
+        seen.model.model.diffusion_model,
+        seen.model.get_model_object("model_sampling"),
+        recipe.space,
+        tableau.schedule.float(),
+        recipe.solver,
+        tableau,
+        recipe.guided,
+    )
     return Embeddings({recipe.steps: table}, recipe.space)
 
 
@@ -172,7 +187,10 @@ def calls_of(session, pairs: Trajectories, alone=()) -> Plain:
 def named_grids(sampling, steps: int) -> dict[str, torch.Tensor]:
     """[steps + 1] σ by name: ComfyUI's schedulers, Align Your Steps and GITS, or for a flow model even steps with a shift of less and of more than its own; all
     start at the model's sigma_max. A grid that drops a step is left out."""
-    grids = {name: comfy.samplers.calculate_sigmas(sampling, name, steps) for name in ("normal", "simple", "karras", "exponential", "sgm_uniform", "beta", "kl_optimal")}
+    grids = {
+        name: comfy.samplers.calculate_sigmas(sampling, name, steps)
+        for name in ("normal", "simple", "karras", "exponential", "sgm_uniform", "beta", "kl_optimal")
+    }
     if is_flow(sampling):
         even = torch.linspace(1, 0, steps + 1)
         grids |= {f"shift {shift:g}": comfy.model_sampling.time_snr_shift(shift, even) for shift in SHIFTS}

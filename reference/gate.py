@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from trainer.comfyui import find_root, open_comfyui
 
-from . import latents, scenes
+from . import latents, network, scenes
 from .vocabulary import DRAWINGS
 
 HERE = Path(__file__).parent
@@ -83,7 +83,7 @@ def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=images // batch)
     for step in range(images // batch):
         names, x = real(batch, sprites, vae, pca, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with network.short_floats("cpu"):
             scores = classifier(x)
         loss = -(targets(names) * scores.float().log_softmax(1)).sum(1).mean()
         optimiser.zero_grad(set_to_none=True)

@@ -162,7 +162,6 @@ def main(arguments=None):
     comfy.options.enable_args_parsing()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    short = device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # a processor without is slower in bfloat16 than in float32
     options.run.mkdir(parents=True, exist_ok=True)
     options.weights.parent.mkdir(parents=True, exist_ok=True)
     sprites = scenes.load_sprites()
@@ -224,7 +223,7 @@ def main(arguments=None):
         for optimiser, peak in zip(optimisers, peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * min(1.0, (seen - begun + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
-        with torch.autocast(device, torch.bfloat16, enabled=short), sdpa_kernel(ATTENTION[device]):
+        with network.short_floats(device), sdpa_kernel(ATTENTION[device]):
             told = noisy.to(device, memory_format=torch.channels_last), t.to(device)
             predicted = model(*told, tokens.to(device))
             if options.guidance != 1:

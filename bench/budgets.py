@@ -2,7 +2,7 @@
 judged as `quality` judges.
 
 GS, EPD and tables have their first step for nothing and 60,000 evaluations to be trained with, SFD has more. What `quality` made of the same weights, cfg and
-numbers is taken from there. The result file keeps what earlier runs found with the same weights and numbers, so that it may be filled in parts.
+numbers is taken from there. The result file keeps what earlier runs found with the same weights, judge and numbers, so that it may be filled in parts.
 """
 from reference.objects import weights_file
 
@@ -25,8 +25,10 @@ def run(arguments: list[str]) -> dict:
     told = parser.parse_args(arguments)
     name, numbers = f"budgets-{told.model}", ("count", "validation", "peers", "bound", "pairs")
     about = dict(weights=name_of(weights_file(told.model))) | {key: getattr(told, key) for key in numbers}
-    rows = rows_before(name, about)
+    rows = {}
     for ground in grounds(told, planned(told)):
+        about["judge"] = ground.judge.name
+        rows = rows or rows_before(name, about)
         of_cfg = rows.setdefault(f"cfg {ground.cfg:g}", {})
         for steps in sorted(told.steps):
             row = of_cfg.setdefault(str(steps), {})

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
+from mteo.embeddings import tensor_hash
 from mteo.metrics import nrmse, per_picture
 from reference import gate, latents, scenes
 from reference.objects import vae_numbers
@@ -32,6 +33,7 @@ class Judge:
         sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
         self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
+        self.name = tensor_hash(self.classifier.state_dict())[2:14]  # distances by different classifiers are not to be compared
         scenes_made = [gate.real(500, sprites, self.vae, numbers, generator)[1] for _ in range(20)]
         self.classifier, self.vae = self.classifier.to(self.device), self.vae.to(self.device)
         real = self.pooled(torch.cat(scenes_made).to(self.device))

@@ -25,15 +25,16 @@ def run(arguments: list[str]) -> dict:
     told = parser.parse_args(arguments)
     name, numbers = f"budgets-{told.model}", ("count", "validation", "peers", "bound", "pairs")
     about = dict(weights=name_of(weights_file(told.model))) | {key: getattr(told, key) for key in numbers}
+    names = ["teacher", *(WAYS[way] for way in told.ways if told.bound or way != SFD)]
     rows = {}
     for ground in grounds(told, planned(told)):
         about["judge"] = ground.judge.name
         rows = rows or rows_before(name, about)
         of_cfg = rows.setdefault(f"cfg {ground.cfg:g}", {})
         for steps in sorted(told.steps):
-            row = of_cfg.setdefault(str(steps), {})
-            for way in ("teacher", *(WAYS[way] for way in told.ways)):
-                row[way] = {measure: round(value, 4) for measure, value in set_of(Ways(ground, steps), way).row.items()}
+            row, ways = of_cfg.setdefault(str(steps), {}), Ways(ground, steps)
+            for way in names:
+                row[way] = {measure: round(value, 4) for measure, value in set_of(ways, way).row.items()}
                 write_result(name, about | keys_of(rows) | dict(rows=rows))
             shown = "  ".join(f"{way} {own['fd']:.4f}/{own['error pooled']:.4f}" for way, own in row.items())
             print(f"cfg {ground.cfg:g}, {steps}: {shown}", flush=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mteo.precision import multiplies_bfloat16
 from trainer.comfyui import find_root, open_comfyui
 
-from . import latents, network, scenes
+from . import latents, scenes
 from .vocabulary import DRAWINGS
 
 HERE = Path(__file__).parent
@@ -83,7 +84,7 @@ def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=images // batch)
     for step in range(images // batch):
         names, x = real(batch, sprites, vae, pca, generator)
-        with network.short_floats("cpu"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
             scores = classifier(x)
         loss = -(targets(names) * scores.float().log_softmax(1)).sum(1).mean()
         optimiser.zero_grad(set_to_none=True)

@@ -27,11 +27,6 @@ TEXT = dict(
 )
 
 
-def short_floats(device: str):
-    """Inside, bfloat16 where the device multiplies it itself: a processor without takes many times as long as in float32."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-
-
 def build_unet(operations=None, dtype=torch.float32) -> torch.nn.Module:
     """comfy's UNetModel with the numbers above; ComfyUI must be importable. Initialised as PyTorch initialises."""
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from mteo.precision import multiplies_bfloat16
+
 from . import latents, network, scenes
 from .vocabulary import padded
 
@@ -223,7 +225,7 @@ def main(arguments=None):
         for optimiser, peak in zip(optimisers, peaks, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * min(1.0, (seen - begun + options.batch) / options.warm) * min(1.0, 5 * left + 0.02)
-        with network.short_floats(device), sdpa_kernel(ATTENTION[device]):
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or multiplies_bfloat16()), sdpa_kernel(ATTENTION[device]):
             told = noisy.to(device, memory_format=torch.channels_last), t.to(device)
             predicted = model(*told, tokens.to(device))
             if options.guidance != 1:

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
 from ..perception import NOISE, watched
+from ..precision import multiplies_bfloat16
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
 from .solver import KEY, told
@@ -31,7 +32,7 @@ def is_flow(sampling) -> bool:
 def short_floats(device: torch.device):
     """Inside, a processor that multiplies bfloat16 itself (AVX-512 BF16, with or without AMX) does so: 1.8 to 3.5 times as many evaluations of the reference
     models a second, each .2 % to 1.4 % off float32's answer. A graphics card computes as ComfyUI chose."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and multiplies_bfloat16())
 
 
 class Session:

@@ -7,10 +7,11 @@ numbers is taken from there. The result file keeps what earlier runs found with 
 from reference.objects import weights_file
 
 from .ground import grounds, parser_of
+from .intervals import matched
 from .judge import Judged
 from .parts import RESULTS, TEACHER_STEPS, name_of, rows_before, write_result
 from .peers.methods import ANALYTIC
-from .ways import EQUAL, SFD, Ways, matched
+from .ways import EQUAL, SFD, Ways
 
 WAYS = {"plain": "plain, best named", "GS": "GS" + ANALYTIC, "EPD": "EPD" + ANALYTIC, "table": EQUAL + ANALYTIC, "SFD": SFD}
 PLAIN, TABLE, RIVALS = WAYS["plain"], WAYS["table"], [WAYS[way] for way in ("plain", "GS", "EPD")]

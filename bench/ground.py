@@ -11,6 +11,10 @@ from reference.objects import weights_file
 
 from .judge import SEEDS, Judge, Judged
 from .parts import ROOT, Parts, name_of, parts, stage, teacher_pairs
+from .trained import Trained
+
+TRAINED = ROOT / "bench" / "trained"
+NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there
 
 
 def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.ArgumentParser:
@@ -19,18 +23,21 @@ def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.Ar
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
     parser.add_argument("--cfg", type=float, nargs="+", default=list(cfgs), help="one of these alone may also run in a second process beside")
     parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
-    parser.add_argument("--validation", type=int, default=64, help="pairs on which plain solvers and grids are chosen")
+    parser.add_argument("--validation", type=int, default=NUMBERS["validation"], help="pairs on which plain solvers and grids are chosen")
     parser.add_argument(
-        "--peers", type=int, default=60_000, help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds"
+        "--peers",
+        type=int,
+        default=NUMBERS["peers"],
+        help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds",
     )
     parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
-    parser.add_argument("--pairs", type=int, default=512, help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
+    parser.add_argument("--pairs", type=int, default=NUMBERS["pairs"], help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
     return parser
 
 
 @dataclass
 class Ground:
-    """Of one cfg; folder: where stages are kept; told: the bench's arguments."""
+    """Of one cfg; folder: where stages are kept; trained: where trainings are; told: the bench's arguments."""
 
     folder: Path
     told: argparse.Namespace
@@ -39,6 +46,7 @@ class Ground:
     own: Parts
     choosing: Parts
     seen: Parts
+    trained: Trained
 
     pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
     validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
@@ -57,7 +65,7 @@ class Ground:
 
     def judged(self, name: str, make) -> Judged:
         """Measures of the end points make()."""
-        return self.stage(f"set-{name}", lambda: self.judge.judged(make()))
+        return self.stage(f"set-{name}-{self.judge.name}", lambda: self.judge.judged(make()))
 
 
 def grounds(told, planned: int) -> Iterator[Ground]:
@@ -66,7 +74,13 @@ def grounds(told, planned: int) -> Iterator[Ground]:
     print(f"[bench] at most {planned:,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
     prompts = told.count // SEEDS
     own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
-    judge = Judge(told.model, prompts)
+    judge, trained = Judge(told.model, prompts), Trained(trainings_of(told, folder))
     for cfg in told.cfg:
-        yield Ground(folder, told, cfg, judge, own, choosing, seen)
+        yield Ground(folder, told, cfg, judge, own, choosing, seen, trained)
+
+
+def trainings_of(told, otherwise: Path) -> Path:
+    """Where trainings with these numbers are kept."""
+    usual = all(getattr(told, name) == value for name, value in NUMBERS.items())
+    return TRAINED / f"{told.model}-{name_of(weights_file(told.model))}" if usual else otherwise
 

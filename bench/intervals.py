@@ -28,6 +28,20 @@ def largest_ratios(own: list[Made], peers: list[list[Made]], other: torch.Tensor
     return {name: tuple(torch.tensor(values, dtype=torch.float64).quantile(level).tolist()) for name, values in found.items()}
 
 
+def matched(fd: float, plain: dict[int, float]) -> int:
+    """The largest number of plain evaluations that a Fréchet distance, with those of all fewer ones, is not behind; 0: none. plain: theirs."""
+    return max((steps for steps in plain if all(other >= fd for fewer, other in plain.items() if fewer <= steps)), default=0)
+
+
+def matched_interval(own: Made, plain: dict[int, Made], other: torch.Tensor, draws: int = 300) -> tuple[int, int]:
+    """95 % interval of what `matched` says of the Fréchet distances to `other` [M, F]."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        index = torch.randint(len(own.features), (len(own.features),), generator=generator)
+        found.append(matched(frechet(own.features[index], other), {steps: frechet(made.features[index], other) for steps, made in plain.items()}))
+    return tuple(sorted(found)[round(share * (draws - 1))] for share in (0.025, 0.975))
+
+
 def means(way: list[Made], index: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> tuple[float, float]:
     """(Fréchet distance, root of the mean squared error) of the pictures `index`, the mean of as many seeds as there are, drawn anew."""
     drawn = [way[i] for i in torch.randint(len(way), (len(way),), generator=generator)]

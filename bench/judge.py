@@ -31,7 +31,7 @@ class Judge:
         self.device = comfy.model_management.get_torch_device()
         self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
         sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
-        self.classifier = gate.train_classifier(kind, 200_000, sprites, self.vae, numbers)
+        self.classifier = gate.classifier_of(kind, 200_000, sprites, self.vae, numbers)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
         self.name = tensor_hash(self.classifier.state_dict())[2:14]  # distances by different classifiers are not to be compared
         scenes_made = [gate.real(500, sprites, self.vae, numbers, generator)[1] for _ in range(20)]

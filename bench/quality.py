@@ -13,11 +13,11 @@ from reference.objects import weights_file
 
 from .ground import grounds, parser_of
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS
-from .intervals import largest_ratios
+from .intervals import largest_ratios, matched, matched_interval
 from .judge import Judged
 from .parts import RESULTS, TEACHER_STEPS, name_of, table_file, write_result
 from .peers import methods
-from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways, matched
+from .ways import EQUAL, FREE, GUIDED, LCM, MTEO, SFD, Ways
 
 
 def run(arguments: list[str]) -> dict:
@@ -41,10 +41,10 @@ def run(arguments: list[str]) -> dict:
     for ground in grounds(told, planned(told)):
         sets, cfg = Ways(ground).sets(), f"cfg {ground.cfg:g}"
         result[cfg] = {name: judged.row for name, judged in sets.items()}
-        intervals[cfg] = intervals_of(sets, ground.judge.other["features"].cpu()) if told.peers else {}
+        intervals[cfg] = intervals_of(sets, ground.judge.other["features"].cpu(), bool(told.peers))
     show(result)
     summary, name = keys_of(result, intervals), "-".join([f"quality-{told.model}", *(f"cfg{cfg:g}" for cfg in told.cfg if tuple(told.cfg) != CFGS)])
-    write_result(name, dict(weights=name_of(weights_file(told.model)), count=told.count, **summary, rows=result))
+    write_result(name, dict(weights=name_of(weights_file(told.model)), judge=ground.judge.name, count=told.count, **summary, rows=result))
     plot(result, RESULTS / f"{name}.png")
     return summary
 
@@ -59,11 +59,14 @@ def planned(told) -> int:
     return round(sum(one * (1 if cfg == 1 else 2) + (trained if told.peers else 0) for cfg in told.cfg))
 
 
-def intervals_of(sets: dict[str, Judged], other: torch.Tensor) -> dict[str, tuple[float, float]]:
-    """Key of `keys_of` -> 95 % interval of the largest ratio of a table at a peer's cost to a peer; other: the teacher's features."""
+def intervals_of(sets: dict[str, Judged], other: torch.Tensor, peers: bool) -> dict[str, tuple[float, float]]:
+    """Key of `keys_of` -> 95 % interval: of the plain evaluations that the pack's tables match, and with peers of the largest ratio of a table at their cost to
+    one of them; other: the teacher's features."""
     made = lambda name: [sets[one].made for one in seeds_of(sets, name)]
-    found = {}
-    for analytic in ("", methods.ANALYTIC):
+    plain = {steps: judged.made for steps, judged in plain_of(sets).items()}
+    packs = {"": MTEO, "guided_": GUIDED}
+    found = {f"{name}plain_steps_matched": matched_interval(sets[row].made, plain, other) for name, row in packs.items() if row in sets}
+    for analytic in ("", methods.ANALYTIC) if peers else ():
         largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(analytic)], other)
         found |= {f"vs_peers_{measure}{analytic.replace(', ', '_')}": interval for measure, interval in largest.items()}
     return found
@@ -84,15 +87,15 @@ def over_seeds(rows: dict, name: str, measure: str) -> float:
     return statistics.fmean(rows[row][measure] for row in seeds_of(rows, name))
 
 
-def plain_of(rows: dict) -> dict[int, dict]:
-    """Rows of the best named plain samplers by their number of evaluations."""
+def plain_of(rows: dict) -> dict:
+    """Rows, or sets, of the best named plain samplers by their number of evaluations."""
     return {int(name.split()[1].rstrip(",")): row for name, row in rows.items() if name.startswith("plain ") and name != FREE}
 
 
 def keys_of(result: dict, intervals: dict) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is
-    not behind in Fréchet distance (0: of none); with peers the largest ratio of a table at their cost to one of them (means over seeds), none of which has its
-    first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to SFD."""
+    not behind in Fréchet distance (0: of none), with interval; with peers the largest ratio of a table at their cost to one of them (means over seeds), none
+    of which has its first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to SFD."""
     def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
         return dict(
             plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in plain.items()}),
@@ -117,7 +120,7 @@ def keys_of(result: dict, intervals: dict) -> dict:
                     )
                 start = plain[STEPS][measure]
                 own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound[measure]) for name, row in (("", mteo), ("guided_", guided)) if row}
-    lowest = ("plain_steps_matched", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
+    lowest = ("plain_steps_matched", "plain_steps_matched_low", "plain_steps_matched_high", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
     for cfg, own in keys.items():
         own |= {f"{name}_{end}": bound for name, interval in intervals[cfg].items() for end, bound in zip(("low", "high"), interval, strict=True)}
     names = [name for name in next(iter(keys.values())) if name in (*lowest, "spectrum") or name.startswith("vs_peers")]

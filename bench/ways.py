@@ -25,11 +25,6 @@ def seeded(name: str, steps: int, seed: int = 0) -> str:
     return f"{name}, {steps}" + (f", seed {seed}" if seed else "")
 
 
-def matched(fd: float, plain: dict[int, float]) -> int:
-    """The largest number of plain evaluations that a Fréchet distance, with those of all fewer ones, is not behind; 0: none. plain: theirs."""
-    return max((steps for steps in plain if all(other >= fd for fewer, other in plain.items() if fewer <= steps)), default=0)
-
-
 class Ways:
     """Stages of one cfg; steps: evaluations, or pairs of them, of all that is trained."""
 
@@ -119,7 +114,7 @@ class Ways:
         start, recipe = self.equal_start(analytic, seed)
         pairs = self.stage(f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
         name = f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}"
-        return self.stage(name, train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
+        return self.ground.trained.table(name, train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
 
     def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
         few = self.ground.held_out.part(slice(0, SEARCHED))
@@ -136,8 +131,8 @@ class Ways:
     def peer(self, name: str, seed: int) -> dict:
         """A trained peer; a seed above 0 takes the rate that seed 0 found."""
         rate = self.peer(name, 0)["rate"] if seed else None
-        pairs = self.ground.train, self.ground.held_out
-        return self.stage(f"peer-{self.of(name, seed)}", methods.train, self.seen, name, *pairs, self.plain, self.told.peers, seed, rate, self.steps)
+        pairs, keep = (self.ground.train, self.ground.held_out), self.stage if name in methods.SURE else self.ground.trained.peer
+        return keep(f"peer-{self.of(name, seed)}", methods.train, self.seen, name, *pairs, self.plain, self.told.peers, seed, rate, self.steps)
 
     def of(self, peer: str, seed: int) -> str:
         """What a peer's stages are called after."""

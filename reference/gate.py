@@ -1,7 +1,7 @@
 """Is a reference model good enough to measure few steps on? python -m reference.gate --comfyui PATH --model unet|mmdit
 
 A small classifier, trained on scenes that went through the linear VAE, reads the model's pictures; then diversity, copies and the
-best plain 3-step error. Writes gate-MODEL.json and samples-MODEL.jpg beside this file. The classifier is kept in `runs/gate`.
+best plain 3-step error. Writes gate-MODEL.json and samples-MODEL.jpg beside this file. The classifier ships; where its file is missing it is trained anew.
 """
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from mteo.precision import multiplies_bfloat16
 from trainer.comfyui import find_root, open_comfyui
@@ -72,11 +73,19 @@ def recognised(classifier, x: torch.Tensor, names: torch.Tensor) -> dict[str, fl
     return {"recall": float(found.sum() / named.sum()), "whole": float((found == named).float().mean())}
 
 
+def classifier_of(kind: str, images: int, sprites, vae, pca) -> Classifier:
+    """The classifier that ships; where its file is missing, one trained with this many images, which writes the file."""
+    path = HERE / "weights" / f"classifier-{kind}.safetensors"
+    if not path.is_file():
+        numbers = {name: value.half() for name, value in train_classifier(kind, images, sprites, vae, pca).state_dict().items()}
+        save_file(numbers, path.with_suffix(".new"), {"license": "MIT", "images": str(images), "data": "Noto Color Emoji, OFL-1.1/Apache-2.0"})
+        path.with_suffix(".new").replace(path)
+    classifier = Classifier(kind)
+    classifier.load_state_dict(load_file(path))
+    return classifier.eval()
+
+
 def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
-    classifier, path = Classifier(kind), HERE / "runs" / "gate" / f"classifier-{kind}.pt"
-    if path.is_file():
-        classifier.load_state_dict(torch.load(path, weights_only=True))
-        return classifier.eval()
     batch, generator = 128, torch.Generator().manual_seed(11)
     torch.manual_seed(0)
     classifier = Classifier(kind)
@@ -93,9 +102,7 @@ def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
         schedule.step()
         if step % 200 == 0:
             print(f"[gate] classifier {step * batch} of {images} images, loss {float(loss.detach()):.3f}", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(classifier.state_dict(), path)
-    return classifier.eval()
+    return classifier
 
 
 def main(arguments=None):
@@ -116,7 +123,7 @@ def main(arguments=None):
 
     pca = vae_numbers(told.model)
     sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
-    classifier = train_classifier(told.model, told.classifier_images, sprites, vae, pca)
+    classifier = classifier_of(told.model, told.classifier_images, sprites, vae, pca)
     names, held_out = real(2048, sprites, vae, pca, generator, unseen_pairs=True)
     with safe_open(weights_file(told.model), "pt") as file:
         images = int(file.get_tensor("images"))

@@ -1,5 +1,6 @@
-"""The summary of `bench budgets` on rows whose answer is known, with parts of them missing, and what its file keeps."""
+"""The summary of `bench budgets` on rows whose answer is known, with parts of them missing, and what its file and the benches' trainings keep."""
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -32,3 +33,21 @@ def test_rows_of_other_weights_or_numbers_are_not_kept(comfyui_root, tmp_path, m
     parts.write_result("one", dict(weights="a", count=8, rows={"cfg 1": {"2": {}}}))
     assert parts.rows_before("one", dict(weights="a", count=8)) == {"cfg 1": {"2": {}}}
     assert parts.rows_before("one", dict(weights="b", count=8)) == parts.rows_before("one", dict(weights="a", count=9)) == {}
+
+
+def test_a_training_is_made_once_and_read_as_it_was(comfyui_root, tmp_path):
+    from bench.parts import table_file
+    from bench.trained import Trained
+    from mteo.embeddings import load_embeddings
+
+    made = dict(sigmas=[14.6, 1.0, 0.0], learned={"rows": torch.randn(2, 3), "inner": torch.tensor(0.1)}, error=0.3, rate=0.03, spent=60_000)
+    runs = []
+    make = lambda seed: runs.append(seed) or made
+    for seed in (0, 1, 0, 1):
+        kept = Trained(tmp_path).peer(f"GS-{seed}", make, seed)
+        assert {name: torch.equal(value, made["learned"][name]) for name, value in kept["learned"].items()} == {"rows": True, "inner": True}
+        assert {name: kept[name] for name in ("sigmas", "error", "rate", "spent")} == {name: made[name] for name in ("sigmas", "error", "rate", "spent")}
+    assert runs == [0, 1]
+    table = [Trained(tmp_path).table("equal", load_embeddings, table_file("unet")) for _ in range(2)][1].tables[3]
+    own = load_embeddings(table_file("unet")).tables[3]
+    assert all(torch.equal(rows, own.offsets[site]) for site, rows in table.offsets.items()) and table.offsets.keys() == own.offsets.keys()

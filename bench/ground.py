@@ -10,10 +10,10 @@ from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .judge import SEEDS, Judge, Judged
-from .parts import ROOT, Parts, name_of, parts, stage, teacher_pairs
+from .parts import RESULTS, ROOT, Parts, name_of, parts, stage, teacher_pairs
 from .trained import Trained
 
-TRAINED = ROOT / "bench" / "trained"
+TRAINED = RESULTS / "trained"
 NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there
 
 

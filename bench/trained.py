@@ -1,4 +1,4 @@
-"""What a bench trained, kept: at the benches' own numbers in `bench/trained`, for everybody, as hours of training are judged in minutes. A peer is a line of a
+"""What a bench trained, kept: at the usual numbers in `bench/results/trained`, for everybody, as hours of training are judged in minutes. A peer is a line of a
 file, a table a file of its own; what is deleted is trained anew."""
 import json
 from dataclasses import dataclass

@@ -30,8 +30,8 @@ class Trained:
         return lines[name] | dict(learned={key: torch.tensor(value) for key, value in lines[name]["learned"].items()})
 
     def table(self, name: str, make, *arguments) -> Embeddings:
-        """make(*arguments), or what the file NAME.safetensors has."""
-        file = self.folder / f"{name}.safetensors"
+        """make(*arguments), or what the file NAME.safetensors has, a comma in whose name is a hyphen."""
+        file = self.folder / f"{name.replace(', ', '-')}.safetensors"
         if not file.is_file():
             save_embeddings(make(*arguments), file)
             print(f"[bench] {name}", flush=True)

@@ -16,12 +16,12 @@ class Trained:
 
     folder: Path
 
-    def peer(self, name: str, make, *arguments) -> dict:
-        """make(*arguments), as `peers.methods.train` returns it, or what the line of that name says: with "bfloat16", whether the network computed in it."""
+    def peer(self, name: str, make) -> dict:
+        """make(), as `peers.methods.train` returns it, or what the line of that name says: with "bfloat16", whether the network computed in it."""
         file = self.folder / "peers.jsonl"
         if name not in (lines := lines_of(file)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            made = make(*arguments)
+            made = make()
             line = dict(name=name, bfloat16=multiplies_bfloat16()) | made | dict(learned={key: value.tolist() for key, value in made["learned"].items()})
             with file.open("a") as open_file:
                 open_file.write(json.dumps(line) + "\n")
@@ -29,11 +29,11 @@ class Trained:
             lines = lines_of(file)
         return lines[name] | dict(learned={key: torch.tensor(value) for key, value in lines[name]["learned"].items()})
 
-    def table(self, name: str, make, *arguments) -> Embeddings:
-        """make(*arguments), or what the file NAME.safetensors has, a comma in whose name is a hyphen."""
+    def table(self, name: str, make) -> Embeddings:
+        """make(), or what the file NAME.safetensors has, a comma in whose name is a hyphen."""
         file = self.folder / f"{name.replace(', ', '-')}.safetensors"
         if not file.is_file():
-            save_embeddings(make(*arguments), file)
+            save_embeddings(make(), file)
             print(f"[bench] {name}", flush=True)
         return load_embeddings(file)
 

@@ -111,10 +111,13 @@ class Ways:
 
     def equal(self, analytic: str, seed: int) -> Embeddings:
         """A table that takes as many evaluations to make as a peer, its search included."""
-        start, recipe = self.equal_start(analytic, seed)
-        pairs = self.stage(f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
-        name = f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}"
-        return self.ground.trained.table(name, train_embeddings, self.seen, recipe, start, pairs, self.ground.held_out)
+
+        def make():
+            start, recipe = self.equal_start(analytic, seed)
+            pairs = self.stage(f"peers-table-{self.cfg:g}-{recipe.pictures}", teacher_pairs, self.seen, recipe.pictures, self.cfg, 2007)
+            return train_embeddings(self.seen, recipe, start, pairs, self.ground.held_out)
+
+        return self.ground.trained.table(f"equal{analytic}-{self.cfg:g}-{self.told.peers}-{seed}{self.tag}", make)
 
     def equal_start(self, analytic: str, seed: int) -> tuple[Tableau, Recipe]:
         few = self.ground.held_out.part(slice(0, SEARCHED))
@@ -130,9 +133,13 @@ class Ways:
 
     def peer(self, name: str, seed: int) -> dict:
         """A trained peer; a seed above 0 takes the rate that seed 0 found."""
-        rate = self.peer(name, 0)["rate"] if seed else None
-        pairs, keep = (self.ground.train, self.ground.held_out), self.stage if name in methods.SURE else self.ground.trained.peer
-        return keep(f"peer-{self.of(name, seed)}", methods.train, self.seen, name, *pairs, self.plain, self.told.peers, seed, rate, self.steps)
+
+        def make():
+            rate = self.peer(name, 0)["rate"] if seed else None
+            return methods.train(self.seen, name, self.ground.train, self.ground.held_out, self.plain, self.told.peers, seed, rate, self.steps)
+
+        keep = self.stage if name in methods.SURE else self.ground.trained.peer
+        return keep(f"peer-{self.of(name, seed)}", make)
 
     def of(self, peer: str, seed: int) -> str:
         """What a peer's stages are called after."""

@@ -1,4 +1,6 @@
 """The summary of `bench budgets` on rows whose answer is known, with parts of them missing, and what its file and the benches' trainings keep."""
+from functools import partial
+
 import pytest
 import torch
 
@@ -44,10 +46,10 @@ def test_a_training_is_made_once_and_read_as_it_was(comfyui_root, tmp_path):
     runs = []
     make = lambda seed: runs.append(seed) or made
     for seed in (0, 1, 0, 1):
-        kept = Trained(tmp_path).peer(f"GS-{seed}", make, seed)
+        kept = Trained(tmp_path).peer(f"GS-{seed}", partial(make, seed))
         assert {name: torch.equal(value, made["learned"][name]) for name, value in kept["learned"].items()} == {"rows": True, "inner": True}
         assert {name: kept[name] for name in ("sigmas", "error", "rate", "spent")} == {name: made[name] for name in ("sigmas", "error", "rate", "spent")}
     assert runs == [0, 1]
-    table = [Trained(tmp_path).table("equal", load_embeddings, table_file("unet")) for _ in range(2)][1].tables[3]
+    table = [Trained(tmp_path).table("equal", partial(load_embeddings, table_file("unet"))) for _ in range(2)][1].tables[3]
     own = load_embeddings(table_file("unet")).tables[3]
     assert all(torch.equal(rows, own.offsets[site]) for site, rows in table.offsets.items()) and table.offsets.keys() == own.offsets.keys()

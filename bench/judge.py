@@ -7,12 +7,13 @@ import torch
 from mteo.embeddings import tensor_hash
 from mteo.metrics import nrmse, per_picture
 from reference import gate, latents, scenes
+from reference.gate import FEATURES
 from reference.objects import vae_numbers
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
 from .intervals import Made
 
-SEEDS, FEATURES = 8, 64  # pictures of a prompt; principal components of the classifier's features
+SEEDS = 8  # pictures of a prompt
 
 
 @dataclass
@@ -29,31 +30,16 @@ class Judge:
     def __init__(self, kind: str, prompts: int):
         numbers = vae_numbers(kind)
         self.device = comfy.model_management.get_torch_device()
-        self.vae, self.numbers = latents.LinearVAE(numbers["basis"]), numbers
-        sprites, generator = scenes.load_sprites(), torch.Generator().manual_seed(12)
-        self.classifier = gate.classifier_of(kind, 200_000, sprites, self.vae, numbers)
+        self.vae, self.numbers = latents.LinearVAE(numbers["basis"]).to(self.device), numbers
+        classifier = gate.classifier_of(kind)
         self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
-        self.name = tensor_hash(self.classifier.state_dict())[2:14]  # distances by different classifiers are not to be compared
-        scenes_made = [gate.real(500, sprites, self.vae, numbers, generator)[1] for _ in range(20)]
-        self.classifier, self.vae = self.classifier.to(self.device), self.vae.to(self.device)
-        real = self.pooled(torch.cat(scenes_made).to(self.device))
-        self.middle = real.mean(0)
-        variances, axes = torch.linalg.eigh(torch.cov(real.T))
-        self.axes = axes[:, -FEATURES:] / variances[-FEATURES:].mean().sqrt()
-
-    def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """What the classifier's last layer reads [N, width], float64; on the judge's device, as everything here but what `judged` keeps."""
-        kept = []
-        handle = self.classifier.last.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].double()))
-        with torch.no_grad():
-            for part in x.split(256):
-                self.classifier(part)
-        handle.remove()
-        return torch.cat(kept)
+        self.name = tensor_hash({name: value.detach() for name, value in classifier.named_parameters()})[2:14]  # distances by others are not to be compared
+        self.classifier = classifier.to(self.device)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, FEATURES] float64; over real scenes of mean 0 and mean variance 1."""
-        return (self.pooled(x) - self.middle) @ self.axes
+        """[N, FEATURES] float64; over real scenes of mean 0 and mean variance 1. On the judge's device, as everything here but what `judged` keeps."""
+        with torch.no_grad():
+            return torch.cat([self.classifier.features(part) for part in x.split(256)])
 
     def pictures(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] in -1..1."""

@@ -1,7 +1,7 @@
 """Is a reference model good enough to measure few steps on? python -m reference.gate --comfyui PATH --model unet|mmdit
 
 A small classifier, trained on scenes that went through the linear VAE, reads the model's pictures; then diversity, copies and the
-best plain 3-step error. Writes gate-MODEL.json and samples-MODEL.jpg beside this file. The classifier ships; where its file is missing it is trained anew.
+best plain 3-step error. Writes gate-MODEL.json and samples-MODEL.jpg beside this file. The classifier ships; where its file is missing this trains it anew.
 """
 import argparse
 import json
@@ -20,7 +20,9 @@ from .vocabulary import DRAWINGS
 HERE = Path(__file__).parent
 BOUNDS = {"recall": 0.80, "two_seeds": 0.5, "copies": 0.05, "plain_3_steps": 0.20}
 CFGS = (1.0, 4.0)
+DATA = "Noto Color Emoji, OFL-1.1/Apache-2.0"
 PATCH = 8  # pixels on a side of what the classifier sees as one place
+FEATURES = 64  # principal components of what its last layer reads
 
 
 class Block(torch.nn.Module):
@@ -34,7 +36,8 @@ class Block(torch.nn.Module):
 
 
 class Classifier(torch.nn.Module):
-    """Which drawings a latent [B, C, H, W] (equivalent to its decoded picture, of 8 × 8 patches of 8 pixels) holds: scores [B, drawings]."""
+    """Which drawings a latent [B, C, H, W] (equivalent to its decoded picture, of 8 × 8 patches of 8 pixels) holds: scores [B, drawings]; and the features that
+    sets of pictures are compared by."""
 
     def __init__(self, kind: str, width: int = 160):
         super().__init__()
@@ -43,10 +46,27 @@ class Classifier(torch.nn.Module):
         self.first = torch.nn.Conv2d(channels * self.fold**2, width, 3, padding=1)
         self.blocks = torch.nn.Sequential(*(Block(width) for _ in range(4)))
         self.last = torch.nn.Linear(2 * width, len(DRAWINGS))
+        self.register_buffer("middle", torch.zeros(2 * width))
+        self.register_buffer("axes", torch.zeros(2 * width, FEATURES))
 
     def forward(self, x):
+        return self.last(self.pooled(x))
+
+    def pooled(self, x):
+        """What the last layer reads [B, 2 · width]."""
         x = F.silu(self.blocks(self.first(F.pixel_unshuffle(x, self.fold))))
-        return self.last(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
+    def features(self, x):
+        """[B, FEATURES] float64; over the scenes that `measure_by` had, of mean 0 and mean variance 1."""
+        return (self.pooled(x).double() - self.middle.double()) @ self.axes.double()
+
+    def measure_by(self, scenes_made: torch.Tensor) -> None:
+        """Features are the principal components over these latents [N, C, H, W]."""
+        real = torch.cat([self.pooled(part) for part in scenes_made.split(500)]).double()
+        variances, axes = torch.linalg.eigh(torch.cov(real.T))
+        self.middle.copy_(real.mean(0))
+        self.axes.copy_(axes[:, -FEATURES:] / variances[-FEATURES:].mean().sqrt())
 
 
 def real(count: int, sprites, vae, pca, generator, unseen_pairs: bool = False):
@@ -73,16 +93,24 @@ def recognised(classifier, x: torch.Tensor, names: torch.Tensor) -> dict[str, fl
     return {"recall": float(found.sum() / named.sum()), "whole": float((found == named).float().mean())}
 
 
-def classifier_of(kind: str, images: int, sprites, vae, pca) -> Classifier:
-    """The classifier that ships; where its file is missing, one trained with this many images, which writes the file."""
-    path = HERE / "weights" / f"classifier-{kind}.safetensors"
-    if not path.is_file():
-        numbers = {name: value.half() for name, value in train_classifier(kind, images, sprites, vae, pca).state_dict().items()}
-        save_file(numbers, path.with_suffix(".new"), {"license": "MIT", "images": str(images), "data": "Noto Color Emoji, OFL-1.1/Apache-2.0"})
-        path.with_suffix(".new").replace(path)
+def classifier_of(kind: str) -> Classifier:
+    """The classifier that ships. FileNotFoundError where it does not."""
+    if not (path := file_of(kind)).is_file():
+        raise FileNotFoundError(f"{path.name} is missing beside the reference models; python -m reference.gate --model {kind} trains it anew.")
     classifier = Classifier(kind)
     classifier.load_state_dict(load_file(path))
     return classifier.eval()
+
+
+def file_of(kind: str) -> Path:
+    return HERE / "weights" / f"classifier-{kind}.safetensors"
+
+
+def save_classifier(classifier: Classifier, kind: str, images: int) -> None:
+    """Weights in float16, the features' axes in float32."""
+    path, halves = file_of(kind), {name: value.detach().half() for name, value in classifier.named_parameters()}
+    save_file(halves | dict(classifier.named_buffers()), path.with_suffix(".new"), {"license": "MIT", "images": str(images), "data": DATA})
+    path.with_suffix(".new").replace(path)
 
 
 def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
@@ -102,6 +130,9 @@ def train_classifier(kind: str, images: int, sprites, vae, pca) -> Classifier:
         schedule.step()
         if step % 200 == 0:
             print(f"[gate] classifier {step * batch} of {images} images, loss {float(loss.detach()):.3f}", flush=True)
+    generator.manual_seed(12)
+    with torch.no_grad():
+        classifier.half().float().measure_by(torch.cat([real(500, sprites, vae, pca, generator)[1] for _ in range(20)]))
     return classifier
 
 
@@ -123,7 +154,9 @@ def main(arguments=None):
 
     pca = vae_numbers(told.model)
     sprites, vae, generator = scenes.load_sprites(), latents.LinearVAE(pca["basis"]), torch.Generator().manual_seed(12)
-    classifier = classifier_of(told.model, told.classifier_images, sprites, vae, pca)
+    if not file_of(told.model).is_file():
+        save_classifier(train_classifier(told.model, told.classifier_images, sprites, vae, pca), told.model, told.classifier_images)
+    classifier = classifier_of(told.model)
     names, held_out = real(2048, sprites, vae, pca, generator, unseen_pairs=True)
     with safe_open(weights_file(told.model), "pt") as file:
         images = int(file.get_tensor("images"))

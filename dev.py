@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "path":
         print(root)
         return 0
-    command = ["pytest"] if arguments[0] == "test" else ["trainer", "--comfyui", str(root), "demo"]
+    command = ["pytest"] if arguments[0] == "test" else ["trainer.demo", "--comfyui", str(root)]
     say(f"ComfyUI at {root.name}; running {' '.join(command)}")
     return subprocess.run([str(PYTHON), "-m", *command, *arguments[1:]], cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(root)}).returncode
 

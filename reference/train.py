@@ -189,8 +189,12 @@ def main(arguments=None):
         generator.manual_seed(seen + 1)
         model.load_state_dict({name: value.float() for name, value in shipped.items()})
         average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        if (before := options.weights.with_suffix(".log.jsonl")).exists():
+            shutil.copy(before, options.run / "log.jsonl")
     else:
         pca = latents.fit(scenes.compose(scenes.draw_names(8192, generator), sprites, generator), *latents.SHAPES[options.model])
+    if seen >= options.images:
+        raise SystemExit(f"The weights have seen {seen:,} images: say with --images up to how many they are to be trained on.")
     vae, empty = latents.LinearVAE(pca["basis"]), torch.tensor([padded("")])
     if options.compile:
         getattr(model, options.model).compile()

@@ -1,4 +1,5 @@
 """What is in the repository and in the registry's archive, and what imports what."""
+import ast
 import json
 import re
 import subprocess
@@ -84,6 +85,21 @@ def test_the_archive_is_what_running_the_nodes_needs(shipped):
     for name in (name for name in shipped if name.endswith(".py")):
         found = [line for line in (ROOT / name).read_text().splitlines() if risky.search(line) and "re.compile" not in line]
         assert not found, f"{name}: {found}"
+
+
+def test_what_is_shipped_imports_only_what_is_shipped(shipped):
+    modules = {name.removesuffix(".py").removesuffix("/__init__") for name in shipped if name.endswith(".py")}
+    for name in (name for name in shipped if name.endswith(".py")):
+        for line in ast.walk(ast.parse((ROOT / name).read_text())):
+            if not isinstance(line, ast.ImportFrom):
+                continue
+            room = Path(name).parents[line.level - 1] if line.level else Path()
+            source = (room / (line.module or "").replace(".", "/")).as_posix()
+            if line.level or source.split("/")[0] in ("mteo", "trainer", "reference", "bench"):
+                names = {f"{source}/{one.name}" if source != "." else one.name for one in line.names}
+                assert source in modules, f"{name}: {source} is not shipped"
+                absent = {one for one in names if (ROOT / f"{one}.py").is_file()} - modules
+                assert not absent, f"{name}: {absent} are not shipped"
 
 
 def test_every_node_has_its_help_page():

@@ -4,9 +4,9 @@ import sys
 
 from mteo.errors import MTEOError
 
-from . import config, demo, diagnose, distill, inspect, sample
+from . import config, diagnose, distill, inspect, sample
 
-COMMANDS = {"distill": distill, "diagnose": diagnose, "sample": sample, "inspect": inspect, "demo": demo}
+COMMANDS = {"distill": distill, "diagnose": diagnose, "sample": sample, "inspect": inspect}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 Teacher, plain 3 steps and MTEO 3 steps of the same noise, on prompts and noise that training has not seen.
 """
+import argparse
 import hashlib
 from pathlib import Path
 
@@ -17,11 +18,11 @@ SHOWN, MEASURED = 8, 64
 CAPTION = "error to the teacher (nRMSE, 0 = the same picture), {count} unseen prompts at cfg {cfg:g}: plain {plain:.3f}, MTEO {mteo:.3f}"
 
 
-def add_flags(parser) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m trainer.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", help="ComfyUI's root")
     parser.add_argument("--out", type=Path, default=Path("output/demo"))
-
-
-def run(options) -> None:
+    options = parser.parse_args()
     open_comfyui(find_root(options.comfyui))
     import torch
 
@@ -52,3 +53,7 @@ def run(options) -> None:
         sheet({label: vae.decode(latents[name][:SHOWN]) for name, label in labels.items()}, captions=unseen[:SHOWN]).save(path)
     print(CAPTION.format(count=MEASURED, cfg=max(RECIPE.guidance), plain=errors["plain"]["pooled"], mteo=errors["mteo"]["pooled"]))
     print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

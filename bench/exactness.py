@@ -118,5 +118,5 @@ def solver_errors(own, solver: str, grid: str, steps: int) -> tuple[float, float
     listening, seen = recording(sampler)
     one, tableau = latent(own, listening, sigmas, 4.0), read_tableau(sampler, sigmas, sampling, solver)
     same = own.model.model.process_latent_out(combine(tableau.matrix[-1], seen))
-    two = latent(own, tableau_sampler(lambda cfg: tableau, tableau.sigmas.tolist()), sigmas, 4.0)
+    two = latent(own, tableau_sampler(lambda cfg: tableau, sigmas.tolist(), tableau.sigmas.tolist()), sigmas, 4.0)
     return tuple(float((one - other).abs().max() / one.abs().max()) for other in (same, two))

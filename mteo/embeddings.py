@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save
 
 from .errors import MTEOError
 from .guided import ALL, Guided, alone_of, read_guided
+from .schedule import SAME_SIGMA
 from .sites import SPACES
 from .tableau import Tableau, between, make_tableau
 
@@ -165,7 +167,9 @@ def load_embeddings(path: Path) -> Embeddings:
         about = json.loads(header["mteo.tables"])
         tables = {int(steps): _table(int(steps), facts, tensors) for steps, facts in about.items()}
         model = json.loads(header["mteo.model"])
-    except (KeyError, TypeError, ValueError, MTEOError) as error:
+        if not tables or not all(len(numbers) for numbers in model.get("fingerprint", {}).values()):
+            raise ValueError("it holds no table, or no numbers of its model")
+    except (AttributeError, KeyError, TypeError, ValueError, MTEOError) as error:
         raise wrong(f"is not complete ({error}): distil the table again") from error
     return Embeddings(tables, header["mteo.space"], model, {k: v for k, v in header.items() if not k.startswith("mteo.") and k != "modelspec.hash_sha256"})
 
@@ -175,9 +179,12 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     tableau = make_tableau(own.pop("solver.sigmas").tolist(), own.pop("solver.matrix"))
     guidance, learned = [float(value) for value in facts["guidance"]], None
+    sigmas, timesteps = ([float(value) for value in facts[name]] for name in ("sigmas", "timesteps"))
     rows, size = len(tableau.row_sigmas), len(tableau.sigmas) + 1
-    if len(facts["sigmas"]) != steps + 1 or len(facts["timesteps"]) != rows or tableau.matrix.shape != (size, size):
+    if len(sigmas) != steps + 1 or len(timesteps) != rows or tableau.matrix.shape != (size, size):
         raise ValueError(f"the table for {steps} steps has a schedule of another length")
+    if sigmas[-1] != 0 or not all(a > b for a, b in pairwise(sigmas)) or abs(float(tableau.start_sigma) / sigmas[0] - 1) > SAME_SIGMA:
+        raise ValueError(f"the table for {steps} steps has a schedule that is not its solver's")
     if not guidance or sorted(set(guidance)) != guidance:
         raise ValueError(f"the table for {steps} steps has cfg values that do not fit")
     if "solver.learned" in own:
@@ -200,15 +207,15 @@ def _table(steps: int, facts: dict, tensors: dict[str, torch.Tensor]) -> Table:
             raise ValueError(f"layer {site} has the shape {tuple(value.shape)}, not {len(guidance)} cfg values of {rows} rows")
     return Table(
         steps,
-        facts["sigmas"],
-        facts["timesteps"],
-        facts["solver"],
+        sigmas,
+        timesteps,
+        str(facts["solver"]),
         tableau,
         guidance,
         {site: value.float() for site, value in own.items()},
         learned,
-        facts["solver_options"],
-        facts["record"],
+        dict(facts["solver_options"]),
+        dict(facts["record"]),
         read_guided(facts["guided"], rows),
     )
 

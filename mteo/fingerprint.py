@@ -23,7 +23,7 @@ def fingerprint(paths: list[str], weight_of) -> dict[str, list[float]]:
 
 def difference(own: dict[str, list[float]], other: dict[str, list[float]]) -> float:
     """Relative difference of two fingerprints: 0 = equal, about 1.4 = unrelated; infinite where they are of other layers."""
-    if own.keys() != other.keys():
+    if {path: len(numbers) for path, numbers in own.items()} != {path: len(numbers) for path, numbers in other.items()}:
         return float("inf")
     a, b = (torch.tensor([value for path in sorted(own) for value in print_[path]], dtype=torch.float64) for print_ in (own, other))
     return float((a - b).norm() / b.norm().clamp_min(1e-30))

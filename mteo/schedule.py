@@ -1,6 +1,11 @@
 """Grids of σ: the teacher's fine grid and where a student's steps lie in it. Named grids are ComfyUI's own."""
+from collections.abc import Sequence
+
 import torch
 
+from .errors import MTEOError
+
+SAME_SIGMA = 1e-4  # relative distance under which two σ are one: samplers differ by float32 rounding
 HIGHEST = 80.0  # noise ÷ signal to which the first step of a flow model goes, from pure noise: Karras' sigma_max
 
 
@@ -28,6 +33,21 @@ def refined(student: torch.Tensor, fine: torch.Tensor, flow: bool = False) -> to
 
     Points of it closer than 5 % (of noise ÷ signal) to one of the student's give way to it.
     """
-    own, fine = student[student > 0], fine[:-1]
+    own, fine = student[student > 0].unique(), fine[:-1]  # two calls of a step may be at one σ
     apart = ((ratio_of(fine[:, None], flow) / ratio_of(own[None], flow) - 1).abs() > 0.05).all(1)  # the first of both are one: ∞/∞ is not apart
     return torch.cat([torch.cat([fine[apart], own]).sort(descending=True).values, torch.zeros(1)])
+
+
+def require_schedule(own: Sequence[float], asked: Sequence[float]) -> None:
+    """MTEOError unless `asked` is the schedule `own` of a table from its start on (it may stop early); a later start is another solver and needs rows of its
+    own [4]."""
+    close = lambda part: len(asked) == len(part) >= 2 and all(abs(a - b) <= SAME_SIGMA * max(b, 1e-3) for a, b in zip(asked, part, strict=True))
+    if close(own[: len(asked)]):
+        return
+    show = lambda values: "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
+    starts = [i for i in range(1, len(own) - 1) if close(own[i : i + len(asked)])]
+    if starts:
+        raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample from step 0, or use the plain model for a partial denoise.")
+    raise MTEOError(
+        f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler."
+    )

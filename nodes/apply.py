@@ -10,7 +10,7 @@ from .embeddings import MTEOEmbeddings
 ADVANCED = {"advanced": True} if "advanced" in inspect.signature(io.Int.Input.__init__).parameters else {}
 POLICY_HELP = (
     "What to do on other sigmas than the trained ones. error = stop before sampling with a sentence; interpolate = blend the two rows around; "
-    "nearest = take the nearest row; off = no check, rows act only on their own sigmas."
+    "nearest = take the nearest row; off = no check, rows act only on their own sigmas. The table's own SAMPLER runs on its own sigmas whatever is set here."
 )
 
 

@@ -11,15 +11,12 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..mteo.comfyui.conditions import content_hash
-from ..mteo.comfyui.patch import model_fingerprint
 from ..mteo.comfyui.sampling import samples_for
-from ..mteo.comfyui.training import distill_model
+from ..mteo.comfyui.training import distill_model, facts_of
 from ..mteo.guided import ALL
 from ..mteo.metrics import held_out_errors
 from ..mteo.recipe import FREE, Recipe
 from ..mteo.sheet import as_image, sheet
-from ..mteo.sites import find_sites
 from .embeddings import MTEOEmbeddings
 
 SOLVERS = ["euler", "dpmpp_2m", "ipndm", "deis", "res_multistep", "uni_pc", "heun"]
@@ -109,21 +106,19 @@ class DistillEmbeddings(io.ComfyNode):
         size = samples_for(model, latent_image[0])
         recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), guided=guided_steps[0], seed=seed[0], **BUDGETS[budget[0]])
         prompts = list(positive)
-        folder = run_folder(model, recipe, prompts, negative[0], size, sampler)
-        progress = Progress(model)
-        made = distill_model(model, prompts, negative[0], torch.zeros_like(size[:1]), recipe, folder, sampler[0] if sampler else None, progress)
+        asked = model, prompts, negative[0], torch.zeros_like(size[:1]), recipe
+        sampler = sampler[0] if sampler else None
+        folder = run_folder(recipe.steps, facts_of(*asked, sampler))
+        made = distill_model(*asked, folder, sampler, Progress(model))
         rows = {"teacher": made.previews["teacher"], f"plain {recipe.steps}": made.previews["plain"], f"MTEO {recipe.steps}": made.previews["mteo"]}
         pictures = {label: pictures_of(model, value, vae[0] if vae else None) for label, value in rows.items()}
         return io.NodeOutput(made.embeddings, as_image(sheet(pictures)), {"loss": held_out_errors(made.log)}, ui={"text": [folder.name]})
 
 
-def run_folder(model, recipe: Recipe, prompts, negative, size, sampler) -> Path:
+def run_folder(steps: int, facts: dict) -> Path:
     """output/mteo/<name of what is asked for>: the same inputs find it again [18]."""
-    paths = [site.path for site in find_sites(model.model.diffusion_model, "embedding")]
-    asked = json.dumps(
-        [recipe.facts(), content_hash([prompts, negative]), list(size.shape[1:]), model_fingerprint(model, paths), bool(sampler)], sort_keys=True
-    )
-    return Path(folder_paths.get_output_directory()) / "mteo" / f"{recipe.steps}steps-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(folder_paths.get_output_directory()) / "mteo" / f"{steps}steps-{name}"
 
 
 def rough(model):

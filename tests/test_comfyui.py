@@ -75,7 +75,7 @@ def test_the_table_of_a_sampler_is_the_sampler(request, objects, name):
         listening, seen = recording(sampler)
         own = sample(model, positive, negative, listening, sigmas.clone())
         same = model.model.process_latent_out(combine(tableau.matrix[-1], seen))
-        told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau, tableau.sigmas.tolist()), sigmas.clone())
+        told = sample(model, positive, negative, tableau_sampler(lambda cfg: tableau, sigmas.tolist(), tableau.sigmas.tolist()), sigmas.clone())
         # UniPC sets the caller's last σ to .001, and a flow model's result is then divided by 1 − σ: ComfyUI's own pictures are .1 % brighter there [5]
         brighter = 1e-3 if (name, objects) == ("uni_pc", "flow_objects") else 0.0
         apart = lambda other: (own - other).abs().max() / own.abs().max()

@@ -3,6 +3,8 @@ import hashlib
 
 import torch
 
+from ..errors import MTEOError
+
 
 def normal(value):
     """Conditioning made under inference mode, as normal tensors."""
@@ -15,8 +17,18 @@ def normal(value):
     return value
 
 
+def require_trainable(conditionings: list) -> None:
+    """MTEOError where one has a ControlNet, whose own network no gradient goes through."""
+    if any("control" in facts for conditioning in conditionings for _, facts in conditioning):
+        raise MTEOError("A conditioning has a ControlNet, through which no table can be trained: distil without it. In sampling it goes with any table.")
+
+
+# By these one LoRA, or hook in a conditioning, is not another.
+TELLING = ("hooks", "weights", "_strength_model", "hook_keyframe", "keyframes", "strength", "start_percent", "guarantee_steps")
+
+
 def content_hash(value) -> str:
-    """sha256 over the numbers and words of a conditioning; objects of other kinds count by their type's name."""
+    """sha256 over the numbers and words of a conditioning, or of a MODEL's patches; objects of other kinds count by their type's name and what is TELLING."""
     digest = hashlib.sha256()
 
     def feed(item):
@@ -31,8 +43,11 @@ def content_hash(value) -> str:
             digest.update(f"[{len(item)}".encode())
             for part in item:
                 feed(part)
+        elif isinstance(item, (str, int, float, bool, type(None))):
+            digest.update(repr(item).encode())
         else:
-            digest.update((repr(item) if isinstance(item, (str, int, float, bool, type(None))) else type(item).__name__).encode())
+            digest.update(type(item).__name__.encode())
+            feed({name: value for name, value in getattr(item, "__dict__", {}).items() if name in TELLING})
 
     feed(value)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from ..metrics import by_frequency, nrmse
 from ..recipe import FREE, Recipe
 from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
+from .conditions import require_trainable
 from .session import Session, private_copy, run_session, training_mode
 from .solver import read_tableau
 from .training import SEARCH, denoise_of, gather, named_grid, refined_of, teacher_sigmas, teacher_tableau, untrained_table, with_table
@@ -49,6 +50,7 @@ def diagnose_model(
     """One for each of the recipe's cfg values, of `pictures` trajectories that no training uses. The model is not changed. MTEOError as `distill_model`."""
     if pictures < 4:
         raise MTEOError(f"trajectories is {pictures}: give 4 or more, as shares are found on one half of them and counted on the other.")
+    require_trainable([*positives, negative])
     found = []
     with training_mode():
         private = private_copy(model)

@@ -5,6 +5,7 @@ Who has injected is kept by patcher: clones share the model, and a clone that di
 model that is being sampled [1]. Hooks are put on at the first evaluation, as ComfyUI injects three times for one sampling.
 """
 import logging
+import math
 from bisect import bisect_left
 from contextlib import contextmanager
 
@@ -17,10 +18,10 @@ from ..errors import MTEOError
 from ..fingerprint import difference, fingerprint, verdict
 from ..folding import Folded, foldable
 from ..injection import Offsets, attach, detach, find_modules, gain_paths
+from ..schedule import SAME_SIGMA, require_schedule
 from .solver import KEY, OWN, cfg_of, read_tableau, sampler_name
 
 KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
-SAME_SIGMA = 1e-4  # relative distance under which two σ are one: samplers differ by float32 rounding
 SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
 POLICIES = ("error", "interpolate", "nearest", "off")
 
@@ -67,6 +68,8 @@ class Patch:
             if kept:
                 detach(kept[1])
             torch._dynamo.reset()
+            config = torch._dynamo.config  # what is compiled once for each site of a class is not given up after the eighth
+            config.cache_size_limit = max(config.cache_size_limit, 2 * len(self.offsets.table))
             setattr(patcher.model, KEPT, (self, attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)))
         else:
             self.users[id(patcher)] = patcher.model.diffusion_model
@@ -153,14 +156,14 @@ class Patch:
         """OUTER_SAMPLE wrapper: the offsets of the guider's cfg; before any evaluation, the schedule and the sampler must be the table's [3]."""
         guider = executor.class_obj
         self.at(cfg_of(guider))
+        require_guider(self.table, guider)
         if self.off_grid == "error":
             sampling = guider.model_patcher.get_model_object("model_sampling")
             asked = (sampling, sampler, sigmas.tolist(), self.cfg)
             if asked != self.passed:  # what passed once is not probed again
-                require_schedule(self.table, sigmas)
+                require_schedule(self.table.sigmas, sigmas.tolist())
                 require_timesteps(self.table, sampling)
                 require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
-                require_guider(self.table, guider)
                 self.passed = asked
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
@@ -184,25 +187,6 @@ def between(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torc
     high = torch.searchsorted(grid, at).clamp(1, max(1, len(rows) - 1)).clamp_max(len(rows) - 1)
     low = (high - 1).clamp_min(0)
     return order[low], order[high], ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)
-
-
-def close(asked: list[float], own: list[float]) -> bool:
-    return len(asked) == len(own) and all(abs(a - b) <= SAME_SIGMA * max(b, 1e-3) for a, b in zip(asked, own, strict=True))
-
-
-def require_schedule(table: Table, sigmas: torch.Tensor) -> None:
-    """MTEOError unless `sigmas` is the table's schedule from its start on (it may stop early); a later start is another solver
-    and needs rows of its own [4]."""
-    asked, own = [float(s) for s in sigmas], table.sigmas
-    if len(asked) >= 2 and close(asked, own[: len(asked)]):
-        return
-    show = lambda values: "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
-    starts = [i for i in range(1, len(own) - 1) if len(asked) >= 2 and close(asked, own[i : i + len(asked)])]
-    if starts:
-        raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample from step 0, or use the plain model for a partial denoise.")
-    raise MTEOError(
-        f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler."
-    )
 
 
 def require_timesteps(table: Table, sampling) -> None:
@@ -284,14 +268,14 @@ def choose_table(embeddings: Embeddings, steps: int) -> Table:
 
 
 def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:
-    """`fingerprint` of a MODEL's unpatched weights, also while a LoRA is merged into them."""
+    """`fingerprint` of a MODEL's unpatched weights, also while a LoRA is merged into them; without the paths that it does not have."""
     modules = dict(model.model.diffusion_model.named_modules())
 
     def weight_of(path):
         backup = model.backup.get(f"diffusion_model.{path}.weight")
         return modules[path].weight if backup is None else backup.weight
 
-    return fingerprint(paths, weight_of)
+    return fingerprint([path for path in paths if path in modules], weight_of)
 
 
 def require_model(model, embeddings: Embeddings) -> None:
@@ -301,9 +285,8 @@ def require_model(model, embeddings: Embeddings) -> None:
         return
     relative = difference(model_fingerprint(model, list(trained)), trained)
     if verdict(relative) == "other":
-        raise MTEOError(
-            f"This table was distilled for another model (its weights differ by {100 * relative:.0f} %): load the table of this model, or distil one."
-        )
+        how = f"its weights differ by {100 * relative:.0f} %" if math.isfinite(relative) else "it has other layers"
+        raise MTEOError(f"This table was distilled for another model ({how}): load the table of this model, or distil one.")
     if verdict(relative) == "sibling":
         logging.warning(
             f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %); it helps, but less than its own would."

@@ -1,7 +1,7 @@
 """A model under ComfyUI's own guider, open for as many evaluations as one likes: training, its teacher and the benches run in here.
 
 A `Sampler` whose `sample` is the work: the guider loads the model and prepares the conditions, then hands over a `model_wrap(x, σ)`
-that gives a differentiable denoised; conditioning, ControlNet, LoRA and wrappers act as they do in a sampling.
+that gives a differentiable denoised; conditioning, LoRA and wrappers act as they do in a sampling.
 """
 import copy
 import inspect
@@ -21,6 +21,7 @@ from ..perception import NOISE, watched
 from ..precision import multiplies_bfloat16
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
+from .patch import remove_embeddings
 from .solver import KEY, told
 
 
@@ -113,7 +114,8 @@ class _Work(comfy.samplers.Sampler):
 
 
 def private_copy(model):
-    """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]."""
+    """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]; without a table that is on
+    the model."""
     if "bypass_lora" in getattr(model, "injections", {}):
         raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
     if "force_deepcopy" in inspect.signature(type(model).clone).parameters and getattr(model, "cached_patcher_init", None):
@@ -121,7 +123,7 @@ def private_copy(model):
     else:
         private = deep_copy(model)
     private.model.requires_grad_(False)
-    return private
+    return remove_embeddings(private)
 
 
 def deep_copy(model):

@@ -8,6 +8,7 @@ from tqdm.auto import trange
 
 from ..embeddings import Table
 from ..errors import MTEOError
+from ..schedule import SAME_SIGMA, require_schedule
 from ..tableau import Tableau, combine, probe
 
 KEY = "mteo"  # what is under it in a MODEL is the pack's
@@ -45,8 +46,8 @@ def sampler_name(sampler) -> str:
 
 
 def cfg_of(guider) -> float:
-    """The cfg that a guider samples with; 1 where it has none."""
-    return float(getattr(guider, "cfg", 1.0))
+    """The cfg that a guider samples with, of two (DualCFGGuider) the first; 1 where it has none."""
+    return float(getattr(guider, "cfg1", getattr(guider, "cfg", 1.0)))
 
 
 def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None = None, cfg: float = 1.0) -> Tableau:
@@ -67,29 +68,45 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
     return probe(run, sigmas, name)
 
 
-def tableau_sampler(tableau_at, schedule: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
-    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider); the calls `alone` ask for the prompt alone, as cfg 1 does. It stops at the
-    call that has the last of `sigmas` in `schedule` [N], whatever σ the table tells there."""
+def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
+    """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider) on `schedule` [K + 1], and no other; the calls `alone` ask for the prompt
+    alone, as cfg 1 does. places [N]: where in the schedule each call is, whatever σ the table tells there; a schedule that ends early stops at the last call
+    with its last σ."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        guider = model.inner_model
+        require_schedule(schedule, sigmas.tolist())
+        guider, last, ones, extra_args = model.inner_model, float(sigmas[-1]), x.new_ones(len(x)), extra_args or {}
         cfg = cfg_of(guider)
         tableau = tableau_at(cfg)
-        last, ones = float(sigmas[-1]), x.new_ones(len(x))
-        calls = next((call for call, sigma in enumerate(schedule) if sigma <= last * (1 + 1e-4)), len(schedule))
+        calls = max((call for call, sigma in enumerate(places) if abs(sigma - last) <= SAME_SIGMA * last), default=len(places))
         terms, matrix = [x if getattr(guider, "linear", False) else tableau.begun(x)], tableau.matrix
         told_sigmas = tableau.sigmas.to(x)  # all at once: each copy to a graphics card waits for what is under way there
 
+        x = combine(matrix[0], terms)
         for call in trange(calls, disable=disable):
             sigma = told_sigmas[call]
-            x = combine(matrix[call], terms)
             with guided_by(guider, 1.0 if call in alone else cfg), told(guider, float(tableau.sigmas[call])):
-                terms.append(model(x, sigma * ones, **(extra_args or {})))
+                shown = model(x, sigma * ones, **extra_args)
+            terms.append(shown)
+            after = combine(matrix[call + 1], terms)
+            if call + 1 == len(places):
+                shown = after = kept(model, after, sigma * ones, sigmas, **extra_args)
             if callback is not None:
-                callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": terms[-1], "steps": calls})
-        return combine(matrix[calls], terms)
+                callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": shown, "steps": calls})
+            x = after
+        return x
 
     return comfy.samplers.KSAMPLER(sample_mteo)
+
+
+def kept(model, x, sigma, sigmas, denoise_mask=None, model_options=None, **options):
+    """The picture x [B, …] with what a mask protects as it was. ComfyUI sees to that in each evaluation (`KSamplerX0Inpaint`), which is enough where the last
+    evaluation is the picture; a learned last row takes of the others, too."""
+    if denoise_mask is None:
+        return x
+    if change := (model_options or {}).get("denoise_mask_function"):
+        denoise_mask = change(sigma, denoise_mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
+    return x * denoise_mask + model.latent_image * (1 - denoise_mask)
 
 
 @contextmanager
@@ -124,5 +141,6 @@ def guided_by(guider, cfg: float):
 def table_sampler(table: Table, strength: float = 1.0) -> comfy.samplers.KSAMPLER:
     """The SAMPLER of a table: the named one where nothing was learned of it and all calls are guided, else one that executes its coefficients."""
     if table.learned is not None or table.alone or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
-        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.tableau.sigmas.tolist(), table.alone if strength else ())
+        places = table.tableau.sigmas.tolist()
+        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.sigmas, places, table.alone if strength else ())
     return comfy.samplers.sampler_object(table.solver)

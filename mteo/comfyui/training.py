@@ -21,7 +21,7 @@ from ..schedule import karras, refined
 from ..sites import find_family, find_sites
 from ..tableau import Tableau, euler_tableau, execute, started_at
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
-from .conditions import content_hash
+from .conditions import content_hash, require_trainable
 from .patch import KEY, apply_embeddings, model_fingerprint
 from .session import Session, private_copy, run_session, training_mode
 from .solver import read_tableau, sampler_name
@@ -50,12 +50,9 @@ def distill_model(
     MTEOError where the folder belongs to another run, or the model, sampler or recipe cannot be distilled.
     """
     with training_mode():
-        sites = find_sites(model.model.diffusion_model, "embedding")
-        about = dict(family=find_family(model.model.diffusion_model), sampling=type(model.get_model_object("model_sampling")).__name__,
-                     fingerprint=model_fingerprint(model, [site.path for site in sites]))
-        name = recipe.solver if sampler is None else sampler_name(sampler)
-        run = dict(recipe=recipe.facts(), solver=name, conditions=content_hash([positives, negative]), latent=list(latent.shape), model=about)
-        store = RunFolder(folder, run)
+        require_trainable([*positives, negative])
+        run = facts_of(model, positives, negative, latent, recipe, sampler)
+        store, name, about = RunFolder(folder, run), run["solver"], run["model"]
         private = private_copy(model)
         sampling = private.get_model_object("model_sampling")
         embeddings = store.finished()
@@ -79,6 +76,22 @@ def distill_model(
         patched, patch = with_table(private, embeddings)
         previews = run_session(patched, positives, negative, latent, lambda session: compare(session, patch, recipe, len(positives), SHOWN, recipe.seed + 77))
     return Distilled(embeddings, embeddings.tables[recipe.steps].record["log"], previews)
+
+
+def facts_of(model, positives: list, negative, latent: torch.Tensor, recipe: Recipe, sampler=None) -> dict:
+    """What a table depends on (JSON): the arguments of `distill_model` by content, the same in another start of ComfyUI."""
+    network, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
+    sites = [site.path for site in find_sites(network, "embedding")]
+    return dict(
+        recipe=recipe.facts(),
+        solver=recipe.solver if sampler is None else sampler_name(sampler),
+        solver_options=content_hash(getattr(sampler, "extra_options", {})),
+        conditions=content_hash([positives, negative]),
+        latent=list(latent.shape),
+        model=dict(family=find_family(network), sampling=type(sampling).__name__, fingerprint=model_fingerprint(model, sites)),
+        sigmas=[float(sampling.percent_to_sigma(percent)) for percent in (0.25, 0.5, 0.75)],  # a shift of the schedule
+        patches=content_hash(model.patches),
+    )
 
 
 def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:

@@ -4,8 +4,10 @@ Teacher, plain 3 steps and MTEO 3 steps of the same noise, on prompts and noise 
 """
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
+from mteo.errors import MTEOError
 from mteo.metrics import nrmse
 from mteo.recipe import Recipe
 
@@ -56,4 +58,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MTEOError as error:  # such as: the folder is of an earlier version
+        sys.exit(f"mteo: {error}")

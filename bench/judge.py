@@ -7,7 +7,6 @@ import torch
 from mteo.embeddings import tensor_hash
 from mteo.metrics import nrmse, per_picture
 from reference import gate, latents, scenes
-from reference.gate import FEATURES
 from reference.objects import vae_numbers
 
 from .distances import diversity, frechet, kernel_distance, precision_recall, sliced_wasserstein, spectrum_gap
@@ -37,7 +36,7 @@ class Judge:
         self.classifier = classifier.to(self.device)
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, FEATURES] float64; over real scenes of mean 0 and mean variance 1. On the judge's device, as everything here but what `judged` keeps."""
+        """[N, gate.FEATURES] float64; over real scenes of mean 0 and mean variance 1. On the judge's device, as everything here but what `judged` keeps."""
         with torch.no_grad():
             return torch.cat([self.classifier.features(part) for part in x.split(256)])
 
@@ -66,6 +65,6 @@ class Judge:
         precision, recall = precision_recall(features, other["features"])
         wasserstein = sliced_wasserstein(pictures, other["pictures"])
         return {f"error {name}": value for name, value in nrmse(made, self.same).items()} | dict(
-            fd=frechet(features, other["features"]) / FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
+            fd=frechet(features, other["features"]) / gate.FEATURES, kid=kernel_distance(features, other["features"]), swd=sum(wasserstein) / len(wasserstein),
             precision=precision, recall=recall, diversity=self.by_prompt(made) / other["diversity"], spectrum=spectrum_gap(pictures, other["pictures"]),
             accuracy=gate.recognised(self.classifier, made, self.names.to(self.device))["recall"])

@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .errors import MTEOError
+from .schedule import SAME_SIGMA
 from .tableau import Tableau, combine
 
 
@@ -48,7 +49,7 @@ def follow(tableau: Tableau, denoise, start: torch.Tensor, student_sigmas) -> tu
     terms, states = [tableau.begun(start)], {}
     for call, sigma in enumerate(sigmas):
         x = combine(matrix[call], terms)
-        states |= {i: x for i, target in enumerate(wanted) if abs(sigma / target - 1) < 1e-4}
+        states |= {i: x for i, target in enumerate(wanted) if abs(sigma / target - 1) < SAME_SIGMA}
         terms.append(denoise(x, call, sigma))
     missing = [target for i, target in enumerate(wanted) if i not in states]
     if missing:

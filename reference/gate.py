@@ -20,7 +20,6 @@ from .vocabulary import DRAWINGS
 HERE = Path(__file__).parent
 BOUNDS = {"recall": 0.80, "two_seeds": 0.5, "copies": 0.05, "plain_3_steps": 0.20}
 CFGS = (1.0, 4.0)
-DATA = "Noto Color Emoji, OFL-1.1/Apache-2.0"
 PATCH = 8  # pixels on a side of what the classifier sees as one place
 FEATURES = 64  # principal components of what its last layer reads
 
@@ -109,7 +108,7 @@ def file_of(kind: str) -> Path:
 def save_classifier(classifier: Classifier, kind: str, images: int) -> None:
     """Weights in float16, the features' axes in float32."""
     path, halves = file_of(kind), {name: value.detach().half() for name, value in classifier.named_parameters()}
-    save_file(halves | dict(classifier.named_buffers()), path.with_suffix(".new"), {"license": "MIT", "images": str(images), "data": DATA})
+    save_file(halves | dict(classifier.named_buffers()), path.with_suffix(".new"), {"license": "MIT", "images": str(images), "data": scenes.DATA})
     path.with_suffix(".new").replace(path)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .vocabulary import DRAWINGS
 
+DATA = "Noto Color Emoji, OFL-1.1/Apache-2.0"  # said in the header of what is trained on scenes
 SIZE = 64  # side of a scene in pixels, unless told
 SPRITE = 64  # side of a stored drawing in pixels
 FONT_PLACES = (

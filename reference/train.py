@@ -218,7 +218,7 @@ def main(arguments=None):
         state_file.with_suffix(".new").replace(state_file)
         shipped = {name: value.half().contiguous().cpu() for name, value in average.items()}
         shipped |= {f"vae.{name}": value.contiguous() for name, value in pca.items()} | {"images": torch.tensor(seen)}
-        save_file(shipped, options.weights.with_suffix(".new"), {"license": "MIT", "images": str(seen), "data": "Noto Color Emoji, OFL-1.1/Apache-2.0"})
+        save_file(shipped, options.weights.with_suffix(".new"), {"license": "MIT", "images": str(seen), "data": scenes.DATA})
         options.weights.with_suffix(".new").replace(options.weights)
         shutil.copy(options.run / "log.jsonl", options.weights.with_suffix(".log.jsonl"))
 

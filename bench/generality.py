@@ -135,7 +135,7 @@ def fine_tuned(told, folder: Path, name: str, flags: tuple[str, ...]) -> Path:
     goal = images_of(start) + told.images
     if images_of(weights) < goal:
         command = [sys.executable, "-m", "reference.train", "--comfyui", Path(comfy.sd.__file__).parents[1], "--model", told.model, "--run", run]
-        command += ["--weights", weights, "--images", goal, "--ship-every", 20_000, "--guidance", told.guidance, "--tune", "--warm", 2_000, *flags]
+        command += ["--weights", weights, "--images", goal, "--ship-every", 2_000, "--guidance", told.guidance, "--tune", "--warm", 2_000, *flags]
         subprocess.run([str(word) for word in command + ["--compile"] * told.compile], check=True, cwd=ROOT)
     return weights
 

@@ -10,7 +10,7 @@ from mteo.comfyui.sampling import applied
 from mteo.recipe import Recipe
 
 from .exactness import latent, table_of
-from .parts import Parts, named_grids, parts
+from .parts import Parts, named_grids, parts, write_result
 
 
 def run(arguments: list[str]) -> dict:
@@ -23,6 +23,7 @@ def run(arguments: list[str]) -> dict:
     found = ratios_of(parts(5, 1, True, told.model), told.pairs, told.batch, told.space)
     for key, what in (("", "MTEO ÷ plain"), ("named_", "MTEO with ComfyUI's Euler ÷ plain"), ("noise_", "plain ÷ plain")):
         print(f"{what:36} {found[f'{key}ratio']:.4f} [{found[f'{key}low']:.4f}, {found[f'{key}high']:.4f}]")
+    write_result(f"overhead-{told.model}-{told.space}", dict(batch=told.batch, threads=torch.get_num_threads()) | found)
     return found
 
 

@@ -11,7 +11,7 @@ from .intervals import matched
 from .judge import Judged
 from .parts import RESULTS, TEACHER_STEPS, name_of, rows_before, write_result
 from .peers.methods import ANALYTIC
-from .ways import EQUAL, SFD, Ways
+from .ways import EQUAL, SFD, Ways, of_seed
 
 WAYS = {"plain": "plain, best named", "GS": "GS" + ANALYTIC, "EPD": "EPD" + ANALYTIC, "table": EQUAL + ANALYTIC, "SFD": SFD}
 PLAIN, TABLE, RIVALS = WAYS["plain"], WAYS["table"], [WAYS[way] for way in ("plain", "GS", "EPD")]
@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> dict:
         for steps in sorted(told.steps):
             row, ways = of_cfg.setdefault(str(steps), {}), Ways(ground, steps)
             for way, seed in trainings:
-                row[way + (f", seed {seed}" if seed else "")] = {measure: round(value, 4) for measure, value in set_of(ways, way, seed).row.items()}
+                row[of_seed(way, seed)] = {measure: round(value, 4) for measure, value in set_of(ways, way, seed).row.items()}
                 write_result(name, about | keys_of(rows) | dict(rows=rows))
             shown = "  ".join(f"{way} {own['fd']:.4f}/{own['error pooled']:.4f}" for way, own in row.items())
             print(f"cfg {ground.cfg:g}, {steps}: {shown}", flush=True)

@@ -22,7 +22,12 @@ GUIDED, SFD, LCM = "MTEO, 4 guided in 1 and 3", "SFD", "LCM-LoRA"
 
 def seeded(name: str, steps: int, seed: int = 0) -> str:
     """What a row is called."""
-    return f"{name}, {steps}" + (f", seed {seed}" if seed else "")
+    return of_seed(f"{name}, {steps}", seed)
+
+
+def of_seed(name: str, seed: int) -> str:
+    """The first training has the name alone."""
+    return name + (f", seed {seed}" if seed else "")
 
 
 class Ways:

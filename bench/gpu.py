@@ -12,6 +12,7 @@ import torch
 
 from mteo.comfyui.training import distill_model
 from mteo.recipe import Recipe
+from reference.network import fill_randomly
 from reference.objects import as_patcher
 
 from .cost import affordable
@@ -89,17 +90,9 @@ def costs(own: Parts, iterations: int) -> dict[str, float]:
 
 @torch.inference_mode(False)
 def random_parts(channels: int, dtype: torch.dtype = torch.float16) -> Parts:
-    """A network of SD 1.5's shape, each layer's weights of the size that keeps a signal's, with one random prompt and an empty latent."""
+    """A network of SD 1.5's shape with random weights, one random prompt and an empty latent."""
     family = comfy.supported_models.SD15(dict(SD15, model_channels=channels, dtype=dtype))
     model, generator = family.get_model({}, "model."), torch.Generator().manual_seed(0)
-    for name, value in model.diffusion_model.named_parameters():
-        flat = (
-            torch.ones(value.shape)
-            if value.dim() == 1 and name.endswith("weight")
-            else torch.zeros(value.shape)
-            if value.dim() == 1
-            else torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
-        )
-        value.data = flat.to(dtype)
+    fill_randomly(model.diffusion_model)
     text = lambda: [[torch.randn(1, 77, SD15["context_dim"], generator=generator), {}]]
     return Parts(as_patcher(model), [text()], text(), torch.zeros(1, 4, 64, 64))

@@ -55,3 +55,14 @@ def with_own_words(text_encoder, operations) -> torch.nn.Module:
     """CLIPTextModel always makes CLIP's 49,408 token embeddings; put in their place one for each word here."""
     text_encoder.set_input_embeddings(operations.Embedding(len(WORDS), TEXT_WIDTH, dtype=torch.float32, device="cpu"))
     return text_encoder
+
+
+@torch.no_grad()
+def fill_randomly(network: torch.nn.Module) -> None:
+    """Gives any network the same random weights at each call, of the size that keeps a signal's; normalisations are left plain."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in network.named_parameters():
+        if value.dim() > 1:
+            value.copy_(torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
+        else:
+            value.fill_(name.endswith("weight"))

@@ -31,17 +31,13 @@ def build(name: str, disable_dynamic: bool = False):
     """The MODEL as ComfyUI's loader makes it, and as an in-graph training asks for a copy of it."""
     import comfy.supported_models
 
+    from reference.network import fill_randomly
     from reference.objects import as_patcher
 
     kind, numbers, checkpoint, *_ = FAMILIES[name]
     family = getattr(comfy.supported_models, kind)(dict(numbers))
-    model, generator = family.get_model(checkpoint, "model."), torch.Generator().manual_seed(0)
-    for path, value in model.diffusion_model.named_parameters():
-        with torch.no_grad():
-            if value.dim() > 1:
-                value.copy_(torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
-            else:
-                value.fill_(path.endswith("weight"))
+    model = family.get_model(checkpoint, "model.")
+    fill_randomly(model.diffusion_model)
     patcher = as_patcher(model, disable_dynamic)
     patcher.cached_patcher_init = build, (name,)
     return patcher

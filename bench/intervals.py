@@ -28,6 +28,16 @@ def largest_ratios(own: list[Made], peers: list[list[Made]], other: torch.Tensor
     return {name: tuple(torch.tensor(values, dtype=torch.float64).quantile(level).tolist()) for name, values in found.items()}
 
 
+def ratio_above(own: list[Made], peer: list[Made], floor: Made, other: torch.Tensor, draws: int = 300) -> tuple[float, float]:
+    """95 % interval of own ÷ peer, of what their Fréchet distance to `other` [M, F] is above that of `floor`; lists as for `largest_ratios`."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(draws):
+        index = torch.randint(len(floor.features), (len(floor.features),), generator=generator)
+        distances = [means(way, index, other, generator)[0] for way in (own, peer, [floor])]
+        found.append((distances[0] - distances[2]) / (distances[1] - distances[2]))
+    return tuple(torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist())
+
+
 def matched(fd: float, plain: dict[int, float]) -> int:
     """The largest number of plain evaluations that a Fréchet distance, with those of all fewer ones, is not behind; 0: none. plain: theirs."""
     return max((steps for steps in plain if all(other >= fd for fewer, other in plain.items() if fewer <= steps)), default=0)

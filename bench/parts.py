@@ -158,14 +158,19 @@ def train_embeddings(seen: Parts, recipe: Recipe, tableau: Tableau, train: Traje
     return Embeddings({recipe.steps: table}, recipe.space)
 
 
-def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_out: Trajectories) -> Embeddings:
-    """As `distill_model` goes about it: σ and last row by a search on the plain model, then the offsets."""
+def searched_start(seen: Parts, recipe: Recipe, held_out: Trajectories) -> Tableau:
+    """σ and last row by a search on the plain model."""
 
-    def searched(session):
+    def work(session):
         plain = calls_of(session, held_out.part(slice(0, SEARCHED)), recipe.alone)
         return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
 
-    return train_embeddings(seen, recipe, seen.session(searched), train, held_out)
+    return seen.session(work)
+
+
+def searched_and_trained(seen: Parts, recipe: Recipe, train: Trajectories, held_out: Trajectories) -> Embeddings:
+    """As `distill_model` goes about it: the search, then the offsets."""
+    return train_embeddings(seen, recipe, searched_start(seen, recipe, held_out), train, held_out)
 
 
 def ends_of(own: Parts, pairs: Trajectories, tableau: Tableau, embeddings: Embeddings | None = None) -> torch.Tensor:

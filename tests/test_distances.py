@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bench.distances import diversity, frechet, kernel_distance, precision_recall, pyramid, sliced_wasserstein, spectrum_gap
-from bench.intervals import Made, largest_ratios, matched_interval
+from bench.intervals import Made, largest_ratios, matched_interval, ratio_above
 from mteo.metrics import energy_by_frequency
 
 
@@ -69,6 +69,17 @@ def test_interval_of_the_largest_ratio():
     assert found["fd"][0] < frechet(own.features, other) / frechet(near.features, other) < found["fd"][1] < found["fd"][0] + 0.1
     assert found["error"] == pytest.approx((0.5, 0.5))
     assert largest_ratios([own], [[near, far]], other, 100)["error"] == pytest.approx((1 / 4, 1 / 2))
+
+
+def test_interval_of_a_ratio_above_the_floor():
+    """Around the known ratio; without doubt 1 of a way of sampling to itself."""
+    other, squared = gaussian(600, 1), torch.zeros(600)
+    floor, own, peer = (Made(gaussian(600, seed) + shift, squared) for seed, shift in ((2, 0), (3, 1), (4, 2)))
+    assert ratio_above([own], [own], floor, other, 20) == pytest.approx((1, 1))
+    low, high = ratio_above([own], [peer], floor, other, 100)
+    distance = [frechet(made.features, other) for made in (own, peer, floor)]
+    assert low < (distance[0] - distance[2]) / (distance[1] - distance[2]) < high < low + 0.1
+    assert ratio_above([own, peer], [peer], floor, other, 100)[1] == pytest.approx(1), "seeds that differ widen it"
 
 
 def test_the_evaluations_that_are_matched_have_an_interval_over_pictures():

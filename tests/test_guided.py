@@ -134,3 +134,13 @@ def test_guided_steps_that_are_none_are_named(told):
 
     with pytest.raises(MTEOError, match="numbers of steps from 1 to 4"):
         Recipe(steps=4, guided=told)
+
+
+def test_the_benches_keys_are_of_the_mean_of_all_trainings(comfyui_root):
+    from bench.guided import PAIRS, SINGLE, keys_of
+
+    of = lambda fd, error, evaluations=6: {"fd": fd, "error pooled": error, "evaluations": evaluations}
+    rows = {"teacher": of(0.1, 0, 48), SINGLE: of(0.3, 0.6), f"{SINGLE}, seed 1": of(0.5, 0.8), "4 steps, guided: 1 3": of(0.2, 0.4)}
+    assert keys_of(rows) == {}
+    rows |= {"3 steps, guided: 1": of(0.1, 0.1, 4), PAIRS: of(0.4, 0.5), f"{PAIRS}, seed 1": of(0.6, 0.5)}
+    assert keys_of(rows) == dict(best="4 steps, guided: 1 3", folded_vs_pairs=0.75, folded_vs_pairs_error=1.4, best_vs_pairs=0.25, best_vs_pairs_error=0.8)

@@ -30,5 +30,5 @@ def difference(own: dict[str, list[float]], other: dict[str, list[float]]) -> fl
 
 
 def verdict(relative: float) -> str:
-    """ "same", "sibling" (a fine-tune: works, not as well) or "other"."""
+    """ "same", "sibling" (a fine-tune: most of the gain is kept, for a far style with guidance it may be none) or "other"."""
     return "same" if relative <= SAME else "sibling" if relative <= SIBLING else "other"

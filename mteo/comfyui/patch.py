@@ -289,5 +289,6 @@ def require_model(model, embeddings: Embeddings) -> None:
         raise MTEOError(f"This table was distilled for another model ({how}): load the table of this model, or distil one.")
     if verdict(relative) == "sibling":
         logging.warning(
-            f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %); it helps, but less than its own would."
+            f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %): "
+            "compare with the plain model, and distil a table for this one if that is nearer."
         )

@@ -6,30 +6,28 @@ numbers is taken from there. The result file keeps what earlier runs found with 
 """
 from reference.objects import weights_file
 
-from .ground import grounds, parser_of
+from .ground import BOUND, grounds, parser_of
 from .intervals import matched
 from .judge import Judged
 from .parts import RESULTS, TEACHER_STEPS, name_of, rows_before, write_result
 from .peers.methods import ANALYTIC
-from .ways import EQUAL, SFD, Ways, of_seed
+from .ways import EQUAL, SFD, Ways
 
 WAYS = {"plain": "plain, best named", "GS": "GS" + ANALYTIC, "EPD": "EPD" + ANALYTIC, "table": EQUAL + ANALYTIC, "SFD": SFD}
 PLAIN, TABLE, RIVALS = WAYS["plain"], WAYS["table"], [WAYS[way] for way in ("plain", "GS", "EPD")]
-DRAWN = [WAYS[way] for way in ("GS", "EPD", "table")]  # those that draw their batches by a seed
 COLOURS = dict(zip(WAYS.values(), ("0.5", "tab:blue", "tab:green", "tab:red", "black"), strict=True))
 MEASURES = {"fd": "Fréchet distance above the teacher's own", "error pooled": "error to the teacher (nRMSE)"}
 
 
 def run(arguments: list[str]) -> dict:
     parser = parser_of("budgets", __doc__, (1.0, 4.0, 7.0))
+    parser.add_argument("--bound", **BOUND)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8, 10], help="evaluations (cfg 1), or pairs of them")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of sampling; the file keeps the others of the same weights and numbers")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of GS, EPD and a table; the keys and the plot are of the first")
     told = parser.parse_args(arguments)
     name, numbers = f"budgets-{told.model}", ("count", "validation", "peers", "bound", "pairs")
     about = dict(weights=name_of(weights_file(told.model))) | {key: getattr(told, key) for key in numbers}
     names = ["teacher", *(WAYS[way] for way in told.ways if told.bound or way != SFD)]
-    trainings = [(way, seed) for seed in range(told.seeds) for way in names if seed == 0 or way in DRAWN]
     rows = {}
     for ground in grounds(told, planned(told)):
         about["judge"] = ground.judge.name
@@ -37,8 +35,8 @@ def run(arguments: list[str]) -> dict:
         of_cfg = rows.setdefault(f"cfg {ground.cfg:g}", {})
         for steps in sorted(told.steps):
             row, ways = of_cfg.setdefault(str(steps), {}), Ways(ground, steps)
-            for way, seed in trainings:
-                row[of_seed(way, seed)] = {measure: round(value, 4) for measure, value in set_of(ways, way, seed).row.items()}
+            for way in names:
+                row[way] = {measure: round(value, 4) for measure, value in set_of(ways, way).row.items()}
                 write_result(name, about | keys_of(rows) | dict(rows=rows))
             shown = "  ".join(f"{way} {own['fd']:.4f}/{own['error pooled']:.4f}" for way, own in row.items())
             print(f"cfg {ground.cfg:g}, {steps}: {shown}", flush=True)
@@ -50,12 +48,12 @@ def planned(told) -> int:
     """Network evaluations of a run from nothing, at most; a search remembers calls that this counts anew."""
     trained = {"table": told.peers, "GS": 1.75 * told.peers, "EPD": 1.75 * told.peers, "SFD": told.bound}  # the peers' rates are found with three quarters more
     once = (2 * told.count + told.validation + told.pairs + 128) * TEACHER_STEPS
-    each = sum(54 * told.validation * (2 * steps + 1) + len(told.ways) * told.seeds * steps * told.count for steps in told.steps)
-    training = len(told.steps) * sum(trained.get(way, 0) * (told.seeds if WAYS[way] in DRAWN else 1) for way in told.ways)
+    each = sum(54 * told.validation * (2 * steps + 1) + len(told.ways) * steps * told.count for steps in told.steps)
+    training = len(told.steps) * sum(trained.get(way, 0) for way in told.ways)
     return round(sum((once + each) * (1 if cfg == 1 else 2) + training for cfg in told.cfg))
 
 
-def set_of(ways: Ways, way: str, seed: int) -> Judged:
+def set_of(ways: Ways, way: str) -> Judged:
     """What it draws, the teacher's own set among them."""
     if way == "teacher":
         return ways.teacher_set()
@@ -63,8 +61,8 @@ def set_of(ways: Ways, way: str, seed: int) -> Judged:
         [plain] = ways.plain_set(ways.steps).values()
         return plain
     if way == TABLE:
-        return ways.table_set(ANALYTIC, seed)
-    return ways.bound_set() if way == SFD else ways.peer_set(way, seed)
+        return ways.table_set(ANALYTIC, 0)
+    return ways.bound_set() if way == SFD else ways.peer_set(way, 0)
 
 
 def keys_of(rows: dict) -> dict:

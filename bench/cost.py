@@ -98,14 +98,18 @@ def run(arguments: list[str]) -> dict:
 
 def affordable(budget: int, cfg: float, seed: int = 0, batch: int = BATCH, rate: float = RATE, steps: int = STEPS) -> Recipe:
     """The recipe for one cfg that takes that many evaluations after the search: a picture is the teacher's steps, the last row is solved on SOLVED pictures and
-    the rates are found on them (with a backward), an optimiser step is a batch of the student's with its backward; one that perceives also has, in the late
-    part of the training, a look at the student's picture with its backward and one at the teacher's."""
+    the rates are found on them (with a backward), an optimiser step is what `step_cost` says."""
     recipe = Recipe(steps=steps, rows="all", guidance=(cfg,), batch=batch, rate=rate, seed=seed)
     teacher, student = TEACHER_STEPS * (1 if cfg == 1 else 2), recipe.evaluations(cfg)
     pictures = max(round(TEACHER_SHARE * budget / teacher / 32) * 32, 32)
     left = budget - pictures * teacher - 3 * min(SOLVED, pictures) * student
-    step = recipe.batch * (2 * student + (3 * LATE if recipe.perceives(cfg) else 0))
-    return replace(recipe, pictures=pictures, iterations=max(int(left // step), 1))
+    return replace(recipe, pictures=pictures, iterations=max(int(left // step_cost(recipe, cfg)), 1))
+
+
+def step_cost(recipe: Recipe, cfg: float) -> float:
+    """Evaluations of an optimiser step, on average: a batch of the student's with its backward; one that perceives also has, in the late part of the training,
+    a look at the student's picture with its backward and one at the teacher's."""
+    return recipe.batch * (2 * recipe.evaluations(cfg) + (3 * LATE if recipe.perceives(cfg) else 0))
 
 
 def searched(seen, pairs: Trajectories, analytic: bool = True, steps: int = STEPS) -> tuple[Tableau, int]:

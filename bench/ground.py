@@ -14,6 +14,7 @@ from .parts import RESULTS, ROOT, Parts, name_of, parts, stage, teacher_pairs
 from .trained import Trained
 
 TRAINED = RESULTS / "trained"
+BOUND = dict(type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")  # a flag where there is such a bound
 NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there
 
 
@@ -30,7 +31,6 @@ def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.Ar
         default=NUMBERS["peers"],
         help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds",
     )
-    parser.add_argument("--bound", type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")
     parser.add_argument("--pairs", type=int, default=NUMBERS["pairs"], help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
     return parser
 

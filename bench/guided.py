@@ -6,7 +6,6 @@ Error on unseen pairs, and as sets against the teacher's of other noise. Before 
 """
 import argparse
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -15,20 +14,19 @@ from mteo.recipe import Recipe
 from mteo.tableau import euler_tableau
 from reference.objects import weights_file
 
+from .cost import step_cost
+from .ground import NUMBERS, grounds
 from .intervals import ratio_above
-from .judge import SEEDS, Judge
+from .judge import Judged
 from .parts import (
-    ROOT,
     TEACHER_STEPS,
     Parts,
     ends_of,
     name_of,
     named_grids,
-    parts,
     rounded,
     rows_before,
     searched_start,
-    stage,
     teacher_pairs,
     train_embeddings,
     untrained,
@@ -41,54 +39,66 @@ VARIANTS = {
     for steps, guided in ((3, "all"), (3, "1"), (3, "none"), (4, "1 2"), (4, "1 3"), (4, "1 4"), (5, "1"), (6, "none"))
 }
 PAIRS, SINGLE = "3 steps, guided: all", "6 steps, guided: none"
-SHARE_PAIRS = 64
+SHARE_PAIRS, HELD_OUT = 64, 128
 
 
 def run(arguments: list[str]) -> dict:
     parser = argparse.ArgumentParser(prog="python -m bench guided", description=__doc__)
     parser.add_argument("--model", choices=("unet", "mmdit"), default="unet")
-    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--cfg", type=float, nargs=1, default=[4.0])
     parser.add_argument("--pictures", type=int, default=1024, help="training pairs")
     parser.add_argument("--iterations", type=int, default=120)
     parser.add_argument("--count", type=int, default=2048, help="pictures of a set")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each table; the keys are of their means")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="the file keeps others of the same weights, judge and numbers")
+    parser.set_defaults(**NUMBERS)
     told = parser.parse_args(arguments)
-    folder = ROOT / "runs" / "bench" / f"guided-{name_of(weights_file(told.model))}-{told.cfg:g}-{told.pictures}-{told.count}"
-    kept, file = partial(stage, folder), f"guided-{told.model}-cfg{told.cfg:g}"
-    seen, own = parts(1, 1024, False, told.model), parts(5, told.count // SEEDS, True, told.model)
-    train, held_out = (kept(name, teacher_pairs, seen, count, told.cfg, seed) for name, count, seed in (("train", told.pictures, 1), ("held-out", 128, 2)))
-    test, other = (kept(name, teacher_pairs, own, told.count, told.cfg, seed) for name, seed in (("test", 2001), ("other", 2002)))
-    judge = Judge(told.model, told.count // SEEDS)
-    judge.against(test.end, other.end)
-    about = dict(model=told.model, cfg=told.cfg, weights=name_of(weights_file(told.model)), judge=judge.name)
+    [cfg], [ground] = told.cfg, grounds(told, planned(told))
+    tag, file = f"{cfg:g}-{told.pictures}", f"guided-{told.model}-cfg{cfg:g}"
+    pairs_of = lambda name, count, seed: ground.stage(f"guided-{name}-{cfg:g}-{count}", teacher_pairs, ground.seen, count, cfg, seed)
+    train, held_out = pairs_of("train", told.pictures, 1), pairs_of("held-out", HELD_OUT, 2)
+    about = dict(model=told.model, cfg=cfg, weights=name_of(weights_file(told.model)), judge=ground.judge.name)
     about |= {number: getattr(told, number) for number in ("pictures", "iterations", "count")}
 
-    def judged(recipe: Recipe, plan: str, tag: str):
-        start = kept(f"start-{plan}", searched_start, seen, recipe, held_out)
-        table = kept(f"table-{tag}", train_embeddings, seen, recipe, start, train, held_out)
-        ends = lambda: ends_of(own, test, table.tables[recipe.steps].tableau_at(told.cfg), table)
-        return kept(f"set-{tag}-{judge.name}", lambda: judge.judged(ends()))
+    def judged(variant: str, seed: int) -> Judged:
+        recipe, plan = replace(recipe_of(variant, told), seed=seed), "-".join(["guided", *map(str, VARIANTS[variant]), tag]).replace(" ", "-")
 
-    floor = kept(f"set-teacher-{judge.name}", lambda: judge.judged(test.end))
+        def trained():
+            start = ground.stage(f"{plan}-start", searched_start, ground.seen, recipe, held_out)
+            return train_embeddings(ground.seen, recipe, start, train, held_out)
+
+        name = f"{plan}-{recipe.iterations}-{seed}"
+        table = ground.trained.table(name, trained)
+        return ground.judged(name, lambda: ends_of(ground.own, ground.pairs, table.tables[recipe.steps].tableau_at(cfg), table))
+
+    floor = ground.judged(f"teacher-{cfg:g}", lambda: ground.pairs.end)
     rows = rows_before(file, about) | {"teacher": dict(evaluations=2 * TEACHER_STEPS) | floor.row}
-    made = {}
     for name in told.only:
-        steps, guided = VARIANTS[name]
-        recipe = Recipe(steps=steps, rows="all", guided=guided, guidance=(told.cfg,), iterations=told.iterations)
-        plan = f"{steps}-{guided.replace(' ', '-')}"
-        made[name] = [judged(replace(recipe, seed=seed), plan, of_seed(f"{plan}-{told.iterations}", seed)) for seed in range(told.seeds)]
-        rows |= {of_seed(name, seed): dict(evaluations=recipe.evaluations(told.cfg)) | one.row for seed, one in enumerate(made[name])}
+        evaluations = recipe_of(name, told).evaluations(cfg)
+        rows |= {of_seed(name, seed): dict(evaluations=evaluations) | judged(name, seed).row for seed in range(told.seeds)}
     show(rows)
     result = keys_of(rows)
-    if {PAIRS, SINGLE} <= made.keys():
-        single, pairs = ([one.made for one in made[name]] for name in (SINGLE, PAIRS))
-        low, high = ratio_above(single, pairs, floor.made, judge.other["features"])
+    single, pairs = ([judged(name, seed).made for seed in seeds_of(rows, name)] for name in (SINGLE, PAIRS))
+    if single and pairs:
+        low, high = ratio_above(single, pairs, floor.made, ground.judge.other["features"])
         result |= dict(folded_vs_pairs_low=round(low, 4), folded_vs_pairs_high=round(high, 4))
-    shares = kept("shares", guidance_shares, seen, told.cfg)
+    shares = ground.stage(f"guided-shares-{cfg:g}", guidance_shares, ground.seen, cfg)
     result["share_of_guidance"] = {f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()}
     write_result(file, about | result | dict(rows=rounded(rows)))
     return result
+
+
+def recipe_of(variant: str, told) -> Recipe:
+    steps, guided = VARIANTS[variant]
+    return Recipe(steps=steps, rows="all", guided=guided, guidance=tuple(told.cfg), iterations=told.iterations)
+
+
+def planned(told) -> int:
+    """Network evaluations of a run from nothing, at most; searches, the choice of the best table and the shares of guidance apart."""
+    [cfg] = told.cfg
+    recipes = [recipe_of(name, told) for name in told.only]
+    teacher = (2 * told.count + told.pictures + HELD_OUT) * 2 * TEACHER_STEPS
+    return round(teacher + sum(told.seeds * (told.iterations * step_cost(one, cfg) + told.count * one.evaluations(cfg)) for one in recipes))
 
 
 def show(rows: dict[str, dict]) -> None:
@@ -98,10 +108,15 @@ def show(rows: dict[str, dict]) -> None:
         print(f"{name:32}" + " ".join(f"{row[key]:13.4f}" for key in names))
 
 
+def seeds_of(rows: dict[str, dict], variant: str) -> list[int]:
+    """Of the trainings that have a row."""
+    return [seed for seed in range(len(rows)) if of_seed(variant, seed) in rows]
+
+
 def keys_of(rows: dict[str, dict]) -> dict:
     """Of the means of all trainings of a table: six single evaluations, and the best way to spend six, ÷ three pairs, of the Fréchet distance above the
     teacher's own and of the error. Of what is there: a key whose rows are not is left out."""
-    trainings = {name: [rows[key] for seed in range(len(rows)) if (key := of_seed(name, seed)) in rows] for name in VARIANTS}
+    trainings = {name: [rows[of_seed(name, seed)] for seed in seeds_of(rows, name)] for name in VARIANTS}
     mean = {name: {key: sum(row[key] for row in own) / len(own) for key in own[0]} for name, own in trainings.items() if own}
     if PAIRS not in mean:
         return {}

@@ -11,7 +11,7 @@ import torch
 from mteo.gridsearch import LEVELS, ROUNDS
 from reference.objects import weights_file
 
-from .ground import grounds, parser_of
+from .ground import BOUND, grounds, parser_of
 from .heldout import CFGS, SOLVERS, STEPS, TRIALS
 from .intervals import largest_ratios, matched, matched_interval
 from .judge import Judged
@@ -25,6 +25,7 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], help="evaluations (cfg 1) or pairs of them (cfg 4) of the best plain sampler"
     )
+    parser.add_argument("--bound", **BOUND)
     parser.add_argument("--lcm", type=int, default=150_000, help="evaluations of LCM-LoRA, which changes the weights too; 0: without it")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each peer; a bound has one")
     parser.add_argument(

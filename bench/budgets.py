@@ -6,10 +6,10 @@ numbers is taken from there. The result file keeps what earlier runs found with 
 """
 from reference.objects import weights_file
 
-from .ground import BOUND, grounds, parser_of
+from .ground import BOUND, grounds, parser_of, teacher_planned
 from .intervals import matched
 from .judge import Judged
-from .parts import RESULTS, TEACHER_STEPS, name_of, rows_before, write_result
+from .parts import RESULTS, name_of, rows_before, write_result
 from .peers.methods import ANALYTIC
 from .ways import EQUAL, SFD, Ways
 
@@ -47,10 +47,9 @@ def run(arguments: list[str]) -> dict:
 def planned(told) -> int:
     """Network evaluations of a run from nothing, at most; a search remembers calls that this counts anew."""
     trained = {"table": told.peers, "GS": 1.75 * told.peers, "EPD": 1.75 * told.peers, "SFD": told.bound}  # the peers' rates are found with three quarters more
-    once = (2 * told.count + told.validation + told.pairs + 128) * TEACHER_STEPS
     each = sum(54 * told.validation * (2 * steps + 1) + len(told.ways) * steps * told.count for steps in told.steps)
     training = len(told.steps) * sum(trained.get(way, 0) for way in told.ways)
-    return round(sum((once + each) * (1 if cfg == 1 else 2) + training for cfg in told.cfg))
+    return round(sum((teacher_planned(told) + each) * (1 if cfg == 1 else 2) + training for cfg in told.cfg))
 
 
 def set_of(ways: Ways, way: str) -> Judged:

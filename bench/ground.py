@@ -10,11 +10,12 @@ from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
 from .judge import SEEDS, Judge, Judged
-from .parts import RESULTS, ROOT, Parts, name_of, parts, stage, teacher_pairs
+from .parts import RESULTS, ROOT, TEACHER_STEPS, Parts, name_of, parts, stage, teacher_pairs
 from .trained import Trained
 
 TRAINED = RESULTS / "trained"
 BOUND = dict(type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")  # a flag where there is such a bound
+HELD_OUT = 128  # pairs that a training is stopped by
 NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there
 
 
@@ -51,7 +52,7 @@ class Ground:
     pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
     validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
     train = cached_property(lambda self: self.stage(f"peers-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, self.told.pairs, self.cfg, 2004))
-    held_out = cached_property(lambda self: self.stage(f"peers-held-out-{self.cfg:g}-128", teacher_pairs, self.seen, 128, self.cfg, 2005))
+    held_out = cached_property(lambda self: self.stage(f"peers-held-out-{self.cfg:g}-{HELD_OUT}", teacher_pairs, self.seen, HELD_OUT, self.cfg, 2005))
 
     def __post_init__(self):
         self.judge.against(self.pairs.end, self._pairs("teacher-other", self.own, self.told.count, 2002).end)
@@ -66,6 +67,11 @@ class Ground:
     def judged(self, name: str, make) -> Judged:
         """Measures of the end points make()."""
         return self.stage(f"set-{name}-{self.judge.name}", lambda: self.judge.judged(make()))
+
+
+def teacher_planned(told) -> int:
+    """Network evaluations, without guidance, of all that a cfg's teacher draws for a ground."""
+    return (2 * told.count + told.validation + told.pairs + HELD_OUT) * TEACHER_STEPS
 
 
 def grounds(told, planned: int) -> Iterator[Ground]:

@@ -15,7 +15,7 @@ from mteo.tableau import euler_tableau
 from reference.objects import weights_file
 
 from .cost import step_cost
-from .ground import NUMBERS, grounds
+from .ground import HELD_OUT, NUMBERS, grounds
 from .intervals import ratio_above
 from .judge import Judged
 from .parts import (
@@ -39,7 +39,7 @@ VARIANTS = {
     for steps, guided in ((3, "all"), (3, "1"), (3, "none"), (4, "1 2"), (4, "1 3"), (4, "1 4"), (5, "1"), (6, "none"))
 }
 PAIRS, SINGLE = "3 steps, guided: all", "6 steps, guided: none"
-SHARE_PAIRS, HELD_OUT = 64, 128
+SHARE_PAIRS = 64
 
 
 def run(arguments: list[str]) -> dict:

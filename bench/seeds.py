@@ -6,11 +6,11 @@ import torch
 
 from reference.objects import weights_file
 
-from .ground import grounds, parser_of
+from .ground import grounds, parser_of, teacher_planned
 from .heldout import CFGS, STEPS
 from .intervals import largest_ratios
 from .judge import Judged
-from .parts import TEACHER_STEPS, name_of, rounded, rows_before, write_result
+from .parts import name_of, rounded, rows_before, write_result
 from .peers import methods
 from .ways import EQUAL, Ways, of_seed
 
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> dict:
 def planned(told) -> int:
     """Network evaluations of a run from nothing, at most; a peer's rates are found with three quarters more."""
     trainings = told.seeds * (1 + len(told.rivals))
-    pictures = (2 * told.count + told.validation + told.pairs + 128) * TEACHER_STEPS + trainings * STEPS * told.count
+    pictures = teacher_planned(told) + trainings * STEPS * told.count
     return round(sum((trainings + 0.75 * len(told.rivals)) * told.peers + pictures * (1 if cfg == 1 else 2) for cfg in told.cfg))
 
 

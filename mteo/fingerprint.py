@@ -5,12 +5,12 @@ SITES, ROWS, COLUMNS = 4, 4, 16  # a fixed sample of weights: small in the file,
 SAME, SIBLING = 0.05, 0.6  # relative difference: other number format / fine-tune of the same model; above: another model
 
 
-def fingerprint(paths: list[str], weight_of) -> dict[str, list[float]]:
-    """{site path: numbers} from ROWS × COLUMNS evenly spaced weights of SITES evenly spaced sites, four digits each.
+def fingerprint(paths: list[str], weight_of, sites: int = SITES) -> dict[str, list[float]]:
+    """{site path: numbers} from ROWS × COLUMNS evenly spaced weights of as many evenly spaced sites, four digits each.
 
-    weight_of(path) -> the unpatched weight [out, in] of the site's Linear, in any float format.
+    weight_of(path) -> the unpatched weight [out, in, …] of the site's layer, in any float format.
     """
-    chosen = [paths[i * (len(paths) - 1) // max(1, SITES - 1)] for i in range(min(SITES, len(paths)))]
+    chosen = [paths[i * (len(paths) - 1) // max(1, sites - 1)] for i in range(min(sites, len(paths)))]
     numbers = {}
     for path in dict.fromkeys(chosen):
         weight = weight_of(path)

@@ -12,6 +12,7 @@ FREE = "free"
 @dataclass(frozen=True)
 class Recipe:
     """steps: K, 2..16. solver: a ComfyUI sampler's name.
+    denoise: 1 = samplings start from noise; below it, to 0.05, from a picture with noise on it, as KSampler's (image to image): the table is for that alone.
     grid: a ComfyUI scheduler's name, or "free" = the σ of each call are searched for.
     rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point, "all" = the inner ones as well.
     perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any
@@ -44,14 +45,21 @@ class Recipe:
     average: float = 0.95
     validate_every: int = 20
     seed: int = 0
+    denoise: float = 1.0
 
     def __post_init__(self):
-        object.__setattr__(self, "guidance", tuple(float(value) for value in self.guidance))
+        try:
+            object.__setattr__(self, "guidance", tuple(float(value) for value in self.guidance))
+        except (TypeError, ValueError):
+            raise MTEOError(f"guidance is {self.guidance!r}: give one or more numbers.") from None
         limits = dict(steps=(2, 16), pictures=(1, 10**7), held_out=(2, 10**6), teacher_steps=(self.steps, 1000), sequential=(0, 10**7), iterations=(0, 10**7),
-                      batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), perception=(0, 10**6), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1))
+                      batch=(1, 4096), rate=(0, 10), clip=(1e-9, 1e9), perception=(0, 10**6), average=(0, 1), validate_every=(1, 10**7), seed=(0, 2**63 - 1),
+                      denoise=(0.05, 1))
         for name, (low, high) in limits.items():
-            if not isinstance(getattr(self, name), (int, float)) or not low <= getattr(self, name) <= high:
-                raise MTEOError(f"{name} is {getattr(self, name)!r}: give a number from {low} to {high}.")
+            value, whole = getattr(self, name), Recipe.__dataclass_fields__[name].type is int
+            if not isinstance(value, (int, float)) or not low <= value <= high or (whole and value != int(value)):
+                raise MTEOError(f"{name} is {value!r}: give a {'whole ' * whole}number from {low} to {high}.")
+            object.__setattr__(self, name, int(value) if whole else value)
         object.__setattr__(self, "guided", read_guided(self.guided, self.steps))
         for name, allowed in (("rows", ROWS), ("space", SPACES)):
             if getattr(self, name) not in allowed:

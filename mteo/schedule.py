@@ -47,7 +47,9 @@ def require_schedule(own: Sequence[float], asked: Sequence[float]) -> None:
     show = lambda values: "[" + ", ".join(f"{value:.4g}" for value in values) + "]"
     starts = [i for i in range(1, len(own) - 1) if close(own[i : i + len(asked)])]
     if starts:
-        raise MTEOError(f"This table was not trained for a start at step {starts[0]}: sample from step 0, or use the plain model for a partial denoise.")
+        raise MTEOError(
+            f"This table was not trained for a start at step {starts[0]}: sample from step 0, or for image to image distil a table with denoise below 1."
+        )
     raise MTEOError(
         f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler."
     )

@@ -1,9 +1,9 @@
 """The many-step model's own trajectories: computed once, kept on disk, read in batches."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import MTEOError
@@ -16,6 +16,7 @@ class Trajectories:
     """What the student is taught from: N starts, the teacher's states at the student's inner σ, and its end points.
 
     start [N, ...] noised start x_T; states [N, K-1, ...] at σ_1 … σ_{K-1}; end [N, ...]; item [N] which prompt; guidance [N] cfg.
+    device: where pictures of a part go, None = where they are; a whole set need not fit on a graphics card.
     """
 
     start: torch.Tensor
@@ -23,16 +24,18 @@ class Trajectories:
     end: torch.Tensor
     item: torch.Tensor
     guidance: torch.Tensor
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.start)
 
     def part(self, index) -> "Trajectories":
-        return Trajectories(*(getattr(self, name)[index] for name in FIELDS))
+        """Its pictures on the device; which prompt and cfg stay where the host reads them."""
+        pictures = (getattr(self, name)[index] for name in FIELDS[:3])
+        return Trajectories(*(one.to(self.device or one.device) for one in pictures), self.item[index], self.guidance[index], self.device)
 
-    def to(self, device) -> "Trajectories":
-        """Tensors of pictures on the device; which prompt and cfg stay where the host reads them."""
-        return Trajectories(self.start.to(device), self.states.to(device), self.end.to(device), self.item, self.guidance)
+    def for_device(self, device: torch.device) -> "Trajectories":
+        return replace(self, device=device)
 
 
 FIELDS = ("start", "states", "end", "item", "guidance")
@@ -68,13 +71,16 @@ def save_trajectories(trajectories: Trajectories, path: Path, note: str) -> None
 
 
 def load_trajectories(path: Path, note: str) -> Trajectories | None:
-    """The store at `path`, or None where there is none or it was made from something else."""
+    """The store at `path`, or None where there is none, it cannot be read or was made from something else."""
     if not Path(path).is_file():
         return None
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("mteo.store") != note:
-            return None
-        return Trajectories(*(file.get_tensor(name) for name in FIELDS))
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("mteo.store") != note:
+                return None
+            return Trajectories(*(file.get_tensor(name).clone() for name in FIELDS))  # not the file's own memory: Windows would not let it be deleted
+    except (SafetensorError, OSError):
+        return None
 
 
 def join(parts: list[Trajectories]) -> Trajectories:

@@ -92,6 +92,16 @@ class DistillEmbeddings(io.ComfyNode):
                     'one evaluation, and the table stands in for the guidance. "all", "none", or numbers of steps from 1: of four steps "1 3" costs '
                     "as much as three that are all guided, and is nearer to the many-step picture.",
                 ),
+                io.Float.Input(
+                    "denoise",
+                    optional=True,
+                    default=1.0,
+                    min=0.05,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1 = a table for pictures from noise. Below it, one for image to image, which starts from a picture with noise on it, "
+                    "as KSampler's denoise: 0.05 changes next to nothing. A table works at its own denoise only.",
+                ),
             ],
             outputs=[
                 MTEOEmbeddings.Output(display_name="embeddings"),
@@ -101,10 +111,13 @@ class DistillEmbeddings(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None, guided_steps=(ALL,)):
+    def execute(
+        cls, model, positive, negative, latent_image, seed, cfg, steps, solver, grid, budget, vae=None, sampler=None, guided_steps=(ALL,), denoise=(1.0,)
+    ):
         model = model[0]
         size = samples_for(model, latent_image[0])
-        recipe = Recipe(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), guided=guided_steps[0], seed=seed[0], **BUDGETS[budget[0]])
+        asked_for = dict(steps=steps[0], solver=solver[0], grid=grid[0], guidance=tuple(cfg), guided=guided_steps[0], seed=seed[0], denoise=denoise[0])
+        recipe = Recipe(**asked_for, **BUDGETS[budget[0]])
         prompts = list(positive)
         asked = model, prompts, negative[0], torch.zeros_like(size[:1]), recipe
         sampler = sampler[0] if sampler else None

@@ -1,4 +1,5 @@
 """Load and save MTEO embeddings."""
+import logging
 from pathlib import Path
 
 import folder_paths
@@ -14,7 +15,10 @@ MTEOEmbeddings = io.Custom("MTEO_EMBEDDINGS")
 for place in (Path(folder_paths.models_dir, FOLDER), Path(__file__).resolve().parent.parent / "reference" / "tables"):
     folder_paths.add_model_folder_path(FOLDER, str(place))
 folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
-Path(folder_paths.models_dir, FOLDER).mkdir(parents=True, exist_ok=True)
+try:
+    Path(folder_paths.models_dir, FOLDER).mkdir(parents=True, exist_ok=True)
+except OSError as error:
+    logging.warning(f"MTEO: models/{FOLDER} cannot be made ({error.strerror}): the tables of the pack work, none can be saved.")
 
 
 def find_file(name: str) -> Path:

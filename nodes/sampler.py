@@ -29,9 +29,19 @@ class KSampler(io.ComfyNode):
                     tooltip="Classifier-free guidance; 1 = none (twice as fast). Best within the range that the table was trained for.",
                 ),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise, usually an empty one."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent, or with a table for image to image the latent of a picture: how much of it stays is the table's own.",
+                ),
                 strength_input(),
-                io.Int.Input("start_step", default=0, min=0, max=64, tooltip="0 = from pure noise. Later starts need a table that was trained for them."),
+                io.Int.Input(
+                    "start_step",
+                    default=0,
+                    min=0,
+                    max=64,
+                    tooltip="0 = the table's first step. A later one needs another off_grid, and a table that learned nothing of its sampler; "
+                    "for image to image use a table that was distilled with denoise below 1.",
+                ),
                 io.Int.Input(
                     "end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", **ADVANCED
                 ),

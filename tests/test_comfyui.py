@@ -227,7 +227,7 @@ def test_picture_survives_the_linear_vae(comfy_objects):
         assert picture.shape == (2, 64, 64, 3) and torch.allclose(again, latent * 0.05, atol=1e-3)
 
 
-def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects):
+def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects, monkeypatch):
     """Plain, table, plain, table on one compiled model: each bit for bit as without compiling."""
     import comfy.samplers
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -248,6 +248,8 @@ def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects):
         for patcher, wanted in ((compiled, plain), (patched, moved), (compiled, plain), (patched, moved)):
             assert torch.allclose(run(patcher), wanted, atol=1e-6)
         assert not torch.allclose(plain, moved, atol=1e-2)
+        monkeypatch.setattr(torch._dynamo, "reset", lambda: pytest.fail("the same table must not have the model compiled anew"))
+        assert torch.allclose(run(apply_embeddings(compiled, embeddings)[0]), moved, atol=1e-6)
 
 
 def test_the_model_as_it_was_after_an_error_in_mid_sampling(comfy_objects):

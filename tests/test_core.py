@@ -2,6 +2,7 @@
 import itertools
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,15 @@ def test_file_round_trip_and_same_bytes(embeddings, tmp_path):
     assert torch.equal(again.tables[3].offsets[site], as_stored(embeddings.tables[3].offsets[site]))
     assert torch.allclose(again.tables[3].offsets[site], embeddings.tables[3].offsets[site], rtol=5e-4, atol=1e-7)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux says which files a process has mapped")
+def test_a_table_in_use_does_not_hold_its_file(embeddings, tmp_path):
+    """It may be replaced, or its folder deleted, which Windows refuses of a mapped file."""
+    path = tmp_path / "held.safetensors"
+    save_embeddings(embeddings, path)
+    held = load_embeddings(path)
+    assert "held.safetensors" not in Path("/proc/self/maps").read_text() and held.tables
 
 
 def test_broken_files_get_one_sentence(embeddings, tmp_path):

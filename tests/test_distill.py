@@ -1,6 +1,7 @@
 """Distillation inside ComfyUI's sampling, on the reference model."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,51 @@ def test_a_folder_of_another_run_is_refused(distilled, parts):
         distill_model(*parts, Recipe(seed=1), distilled[0])
 
 
+def test_a_run_folder_belongs_to_the_very_model(parts):
+    """Not to one with another attention weight, other options or another prediction, of which the table's fingerprint knows nothing; a table on it is none."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
+
+    from mteo.comfyui.patch import apply_embeddings
+    from mteo.comfyui.training import facts_of
+    from mteo.embeddings import load_embeddings
+    from reference.objects import make_model
+
+    model, *rest = parts
+    facts = lambda own: json.dumps(facts_of(own, *rest, RECIPE), sort_keys=True)
+    with torch.inference_mode():
+        merged = make_model(disable_dynamic=True)
+        attention = next(path for path, _ in merged.model.diffusion_model.named_parameters() if path.endswith("attn2.to_q.weight"))
+        merged.model.diffusion_model.get_parameter(attention).mul_(1.1)
+        rescaled = [RescaleCFG().patch(model, share)[0] for share in (0.5, 0.7, 0.7)]
+        others = [merged, *rescaled[:2], ModelSamplingDiscrete().patch(model, "v_prediction", False)[0]]
+        seen = [facts(own) for own in (model, *others)]
+        assert len(set(seen)) == 5
+        assert facts(rescaled[2]) == seen[3] and facts(make_model()) == seen[0]
+        table = load_embeddings(Path(__file__).parent.parent / "reference" / "tables" / "reference-3steps.safetensors")
+        assert facts(apply_embeddings(model, table)[0]) == seen[0]
+
+
+def test_a_damaged_store_is_made_anew(distilled, parts, tmp_path):
+    """A chunk that a power cut left empty."""
+    from mteo.teacher import load_trajectories
+
+    whole = sorted((distilled[0] / "teacher").iterdir())[0]
+    note = (distilled[0] / "run.json").read_text()
+    assert load_trajectories(whole, note) is not None
+    (tmp_path / whole.name).write_bytes(b"")
+    assert load_trajectories(tmp_path / whole.name, note) is None
+
+
+def test_a_model_that_gives_no_finite_picture_is_refused(parts):
+    from mteo.comfyui.training import distill_model
+    from mteo.errors import MTEOError
+
+    model, (positive, *_), *rest = parts
+    broken = [[positive[0][0] * float("nan"), *positive[0][1:]]]
+    with torch.inference_mode(), pytest.raises(MTEOError, match="own pictures hold values that are not finite"):
+        distill_model(model, [broken], *rest, RECIPE)
+
+
 def test_the_file_is_small_and_says_how_it_was_made(distilled):
     from safetensors import safe_open
 
@@ -167,7 +213,7 @@ def test_the_file_is_small_and_says_how_it_was_made(distilled):
     assert about["3"]["record"]["recipe"]["guidance"] == [1.0, 4.0]
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=1), dict(rows="most"), dict(guidance=()), dict(rate="fast")])
+@pytest.mark.parametrize("wrong", [dict(steps=1), dict(rows="most"), dict(guidance=()), dict(guidance="1 4"), dict(rate="fast"), dict(pictures=2.5)])
 def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
     from mteo.errors import MTEOError
 
@@ -175,6 +221,15 @@ def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
         Recipe(**wrong)
     with pytest.raises(MTEOError, match="no setting 'stepps'"):
         Recipe.of({"stepps": 3})
+    assert isinstance(Recipe(pictures=1e3).pictures, int), "as --pictures 1e3 gives it"
+
+
+def test_an_unknown_solver_is_refused_before_the_search(parts):
+    from mteo.comfyui.training import distill_model
+    from mteo.errors import MTEOError
+
+    with torch.inference_mode(), pytest.raises(MTEOError, match="^The sampler eulre is not known to ComfyUI"):
+        distill_model(*parts, replace(RECIPE, solver="eulre"))
 
 
 def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):

@@ -189,3 +189,14 @@ def test_a_header_that_was_edited_is_refused(tmp_path, name, value):
     (tmp_path / "edited.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
     with pytest.raises(MTEOError, match="^edited.safetensors is not complete"):
         load_embeddings(tmp_path / "edited.safetensors")
+
+
+def test_a_model_that_is_split_over_several_cards_is_refused(parts, no_gradients):
+    from mteo.comfyui.sampling import sample_latent
+    from mteo.errors import MTEOError
+
+    model, positives, negative, empty = parts
+    split = model.clone()
+    split.set_additional_models("multigpu", [model.clone()])
+    with pytest.raises(MTEOError, match="split over several: remove the MultiGPU node"):
+        sample_latent(split, table_of(), dict(samples=empty), 7, positives[0], negative, cfg=4.0)

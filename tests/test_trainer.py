@@ -88,13 +88,16 @@ def test_bad_input_gets_one_sentence(done, tmp_path):
     table = done[0] / "run" / "table.safetensors"
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(table.read_bytes()[:-50])
-    (tmp_path / "wrong.toml").write_text(CONFIG.replace("pictures", "pictured"))
+    (tmp_path / "wrong.toml").write_text(CONFIG.replace("pictures", "pictured"), encoding="utf-8-sig")  # as Windows' Notepad does
+    (tmp_path / "ansi.txt").write_bytes("Bär".encode("cp1252"))
     cases = [
         (("inspect", cut), "cut.safetensors cannot be read"),
         (("sample", table, "cat", "--steps", 5, "--width", 64, "--height", 64), "no table for 5 steps: they hold 3"),
         (("sample", table, "cat", "--model", tmp_path / "none.safetensors"), "none.safetensors is not there"),
         (("distill", tmp_path / "wrong.toml"), "no setting 'pictured'"),
         (("distill", tmp_path / "missing.toml"), "missing.toml cannot be read"),
+        (("distill", "--prompts", tmp_path / "ansi.txt"), "ansi.txt is not UTF-8 text"),
+        (("sample", table, "cat", "--image", cut, "--width", 64, "--height", 64), "cut.safetensors cannot be read"),
         (("distill", done[0] / "run.toml", "--folder", done[0] / "run", "--seed", 5), "belongs to a run with another recipe"),
     ]
     for arguments, sentence in cases:

@@ -10,6 +10,8 @@ COMMANDS = {"distill": distill, "diagnose": diagnose, "sample": sample, "inspect
 
 
 def main() -> int:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no Δ
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Distil few-step time embeddings, sample with them, look into them.")
     parser.add_argument("--comfyui", help="ComfyUI's root (else the one that this pack is installed in)")
     commands = parser.add_subparsers(dest="command", required=True)

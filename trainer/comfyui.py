@@ -48,6 +48,18 @@ def encode(clip, text: str):
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
+def encode_image(vae, path: Path) -> torch.Tensor:
+    """LATENT values [1, C, H, W] of a picture file, as VAEEncode makes them; MTEOError where it cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        picture = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise MTEOError(f"The picture {path} cannot be read: {error}.") from error
+    return vae.encode(torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None])
+
+
 def empty_latent(model, width: int, height: int, count: int = 1) -> torch.Tensor:
     """Zeros [count, C, height ÷ ratio, width ÷ ratio] of the model's latent format."""
     latent_format = model.model.latent_format

@@ -6,11 +6,6 @@ from pathlib import Path
 from mteo.errors import MTEOError
 from mteo.recipe import Recipe
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
-
 
 @dataclass(frozen=True)
 class Run:
@@ -58,7 +53,14 @@ def read_run(options: argparse.Namespace) -> Run:
 
 def read_toml(path: str) -> dict:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            import tomli as tomllib
+        except ModuleNotFoundError:
+            raise MTEOError("To read a TOML file Python 3.10 needs tomli: pip install tomli, or give flags.") from None
+    try:
+        return tomllib.loads(text_of(Path(path)))
     except OSError as error:
         raise MTEOError(f"The config {path} cannot be read: {error.strerror}.") from error
     except tomllib.TOMLDecodeError as error:
@@ -71,10 +73,18 @@ def read_prompts(given, beside: Path) -> list[str]:
         path = next((place for place in (Path(given), beside / given) if place.is_file()), None)
         if path is None:
             raise MTEOError(f"The prompts file {given} is not there: give a text file with one prompt a line.")
-        given = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        given = [line.strip() for line in text_of(path).splitlines() if line.strip()]
     if not given:
         raise MTEOError("No prompts: give a list or a text file with one prompt a line.")
     return given
+
+
+def text_of(path: Path) -> str:
+    """UTF-8, with or without a mark at its beginning."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise MTEOError(f"{path.name} is not UTF-8 text: save it as UTF-8.") from None
 
 
 def number(text: str):

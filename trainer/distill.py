@@ -38,7 +38,10 @@ def distill_run(told: Run):
         steps = told.recipe.steps
         labels = {"teacher": "teacher", "plain": f"plain {steps} steps", "mteo": f"MTEO {steps} steps"}
         sheet({label: vae.decode(made.previews[name]) for name, label in labels.items()}, captions=told.prompts).save(told.folder / "sheet.png")
-        plot_loss(made.log, told.folder / "loss.png")
+        try:
+            plot_loss(made.log, told.folder / "loss.png")
+        except ModuleNotFoundError as error:
+            print(f"no loss.png, as {error.name} is not installed: pip install {error.name}")
     for cfg in told.recipe.guidance:
         own = [line for line in made.log if line["cfg"] == cfg]
         print(f"cfg {cfg:g}: held-out error {own[0]['held_out']:.4f} -> {own[-1]['best']:.4f} ({own[-1]['best'] / own[0]['held_out']:.2f} of where it started)")

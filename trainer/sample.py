@@ -1,7 +1,7 @@
 """Sample pictures with a table, through the same function as MTEO KSampler."""
 from pathlib import Path
 
-from .comfyui import empty_latent, encode, find_root, load, open_comfyui
+from .comfyui import empty_latent, encode, encode_image, find_root, load, open_comfyui
 
 
 def add_flags(parser) -> None:
@@ -16,6 +16,7 @@ def add_flags(parser) -> None:
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--height", type=int, default=512)
+    parser.add_argument("--image", type=Path, help="the picture that a table for image to image starts from; it gives the size")
     parser.add_argument("--out", type=Path, default=Path("sample.png"))
 
 
@@ -31,6 +32,8 @@ def run(options) -> None:
     with torch.inference_mode():
         model, clip, vae = load(options.model)
         latent = {"samples": empty_latent(model, options.width, options.height, options.count)}
+        if options.image:
+            latent["samples"] = encode_image(vae, options.image).expand(options.count, -1, -1, -1)
         made = sample_latent(
             model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength
         )

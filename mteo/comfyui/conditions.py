@@ -1,5 +1,6 @@
 """Conditionings for training: as normal tensors, told apart by content, and stacked so that one batch mixes prompts."""
 import hashlib
+from types import CellType
 
 import torch
 
@@ -27,8 +28,12 @@ def require_trainable(conditionings: list) -> None:
 TELLING = ("hooks", "weights", "_strength_model", "hook_keyframe", "keyframes", "strength", "start_percent", "guarantee_steps")
 
 
+WORDS = (str, int, float, bool, type(None))
+
+
 def content_hash(value) -> str:
-    """sha256 over the numbers and words of a conditioning, or of a MODEL's patches; objects of other kinds count by their type's name and what is TELLING."""
+    """sha256 over the numbers and words of a conditioning, or of a MODEL's patches or options; functions count by their name and the
+    numbers and words that they close over, objects of other kinds by their type's name and what is TELLING."""
     digest = hashlib.sha256()
 
     def feed(item):
@@ -43,8 +48,11 @@ def content_hash(value) -> str:
             digest.update(f"[{len(item)}".encode())
             for part in item:
                 feed(part)
-        elif isinstance(item, (str, int, float, bool, type(None))):
+        elif isinstance(item, WORDS):
             digest.update(repr(item).encode())
+        elif hasattr(item, "__code__"):
+            digest.update(item.__qualname__.encode())
+            feed([cell.cell_contents for cell in item.__closure__ or () if cell != CellType() and isinstance(cell.cell_contents, WORDS)])
         else:
             digest.update(type(item).__name__.encode())
             feed({name: value for name, value in getattr(item, "__dict__", {}).items() if name in TELLING})

@@ -2,7 +2,6 @@
 from dataclasses import dataclass, field
 from functools import partial
 
-import comfy.samplers
 import torch
 
 from ..diagnose import offsets_share, row_error
@@ -16,8 +15,8 @@ from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
 from .conditions import require_trainable
 from .session import Session, private_copy, run_session, training_mode
-from .solver import read_tableau
-from .training import SEARCH, denoise_of, gather, named_grid, refined_of, teacher_sigmas, teacher_tableau, untrained_table, with_table
+from .solver import named_sampler, read_tableau
+from .training import SEARCH, denoise_of, gather, named_grid, refined_of, start_sigma, teacher_sigmas, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
 
@@ -78,23 +77,24 @@ def diagnose_model(
 @torch.no_grad()
 def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, prompts: int, progress) -> tuple[Trajectories, Tableau, dict]:
     """(the pairs, the tableau that offsets are added to, its σ and the errors so far)."""
-    pairs = gather(
-        session, teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps)), None, recipe, number, SEARCH, pictures, prompts, None, progress
-    )
+    start = start_sigma(session.sampling, recipe)
+    teacher = lambda times: teacher_tableau(session, teacher_sigmas(session, times * recipe.teacher_steps, start))
+    pairs = gather(session, teacher(1), None, recipe, number, SEARCH, pictures, prompts, None, progress).part(slice(None))
     few = pairs.part(slice(0, 16))
-    finer = execute(teacher_tableau(session, teacher_sigmas(session, 2 * recipe.teacher_steps)), partial(denoise_of(session), batch=few), few.start)
+    finer = execute(teacher(2), partial(denoise_of(session), batch=few), few.start)
     spread, free = float(pairs.end.cpu().double().std()), recipe.grid == FREE
     root = lambda squares: float(squares.mean().sqrt()) / spread
     plain = Plain(denoise_of(session, recipe.alone), pairs)
-    sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps), recipe.solver
-    tableau = read_tableau(comfy.samplers.sampler_object(name), sigmas, session.sampling, name)
+    sigmas, name = named_grid(session.sampling, NAMED if free else recipe.grid, recipe.steps, recipe.denoise), recipe.solver
+    sigmas[0] = start
+    tableau = read_tableau(named_sampler(name), sigmas, session.sampling, name)
     terms = plain.terms(tableau)
     errors = {
         f"plain {name}, {NAMED if free else recipe.grid}": nrmse(combine(tableau.matrix[-1], terms), pairs.end)["pooled"],
         "with a solved last row": root(row_error(terms, pairs.end, tableau)),
     }
     if free:
-        [tableau] = search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow, progress, analytic=recipe.rows != "solver")
+        [tableau] = search_grid([plain], recipe.steps, start, session.flow, progress, recipe.rows != "solver" and recipe.denoise == 1)
         sigmas = tableau.schedule.float()
         errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
     else:

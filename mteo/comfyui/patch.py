@@ -15,7 +15,7 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
-from ..fingerprint import difference, fingerprint, verdict
+from ..fingerprint import SITES, difference, fingerprint, verdict
 from ..folding import Folded, foldable
 from ..injection import Offsets, attach, detach, find_modules, gain_paths
 from ..schedule import SAME_SIGMA, require_schedule
@@ -44,6 +44,10 @@ class Patch:
         self.folded = (None, None)  # (what it was made of, the gains in a network's own weights or None where they cannot be)
         self.told: float | None = None  # σ of the evaluations to come, where it is known without asking the card
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
+
+    def is_for(self, table: Table, strength: float, off_grid: str) -> bool:
+        """Whether it would be the same one made anew: a compiled model then needs not be compiled again."""
+        return self.table is table and (self.strength, self.off_grid) == (strength, off_grid)
 
     def at(self, cfg: float) -> None:
         """From now on the offsets for this cfg, at the σ of their calls at it."""
@@ -155,6 +159,8 @@ class Patch:
     def check_sampling(self, executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
         """OUTER_SAMPLE wrapper: the offsets of the guider's cfg; before any evaluation, the schedule and the sampler must be the table's [3]."""
         guider = executor.class_obj
+        if guider.model_patcher.get_additional_models_with_key("multigpu"):
+            raise MTEOError("A table works on one graphics card, and this model is split over several: remove the MultiGPU node.")
         self.at(cfg_of(guider))
         require_guider(self.table, guider)
         if self.off_grid == "error":
@@ -234,7 +240,8 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     table = choose_table(embeddings, steps)
     if table.alone and off_grid in ("interpolate", "nearest"):
         raise MTEOError(f"This table guides in some steps only, so that it works with its own sampler and sigmas: set off_grid to error, not {off_grid}.")
-    patch = Patch(table, embeddings.space, strength, off_grid)
+    kept = getattr(model.model, KEPT, (None,))[0]
+    patch = kept if kept and kept.is_for(table, strength, off_grid) else Patch(table, embeddings.space, strength, off_grid)
     patch.find(model.model.diffusion_model)
     require_model(model, embeddings)
     if KEY in model.attachments:
@@ -267,7 +274,7 @@ def choose_table(embeddings: Embeddings, steps: int) -> Table:
     return embeddings.tables[steps]
 
 
-def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:
+def model_fingerprint(model, paths: list[str], sites: int = SITES) -> dict[str, list[float]]:
     """`fingerprint` of a MODEL's unpatched weights, also while a LoRA is merged into them; without the paths that it does not have."""
     modules = dict(model.model.diffusion_model.named_modules())
 
@@ -275,7 +282,7 @@ def model_fingerprint(model, paths: list[str]) -> dict[str, list[float]]:
         backup = model.backup.get(f"diffusion_model.{path}.weight")
         return modules[path].weight if backup is None else backup.weight
 
-    return fingerprint([path for path in paths if path in modules], weight_of)
+    return fingerprint([path for path in paths if path in modules], weight_of, sites)
 
 
 def require_model(model, embeddings: Embeddings) -> None:

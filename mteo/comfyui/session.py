@@ -57,9 +57,10 @@ class Session:
         """[count, …] in the model's latent space, made on the processor as ComfyUI makes it."""
         return torch.randn((count, *self.latent.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-    def start(self, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """x_T as the sampler would get it at σ_0 [9]."""
-        return self.sampling.noise_scaling(sigma.float().to(self.device), noise, self.latent.expand_as(noise), True)
+    def start(self, noise: torch.Tensor, sigma: torch.Tensor, pictures: torch.Tensor | None = None) -> torch.Tensor:
+        """x_T as the sampler would get it at σ_0 [9]: noise alone, at the model's largest σ, or on pictures [B, …]."""
+        latent = self.latent.expand_as(noise) if pictures is None else pictures
+        return self.sampling.noise_scaling(sigma.float().to(self.device), noise, latent, pictures is None)
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
         """Sampled latents as a LATENT holds them."""
@@ -123,6 +124,7 @@ def private_copy(model):
     else:
         private = deep_copy(model)
     private.model.requires_grad_(False)
+    private.remove_additional_models("multigpu")  # their threads run without gradients
     return remove_embeddings(private)
 
 

@@ -45,6 +45,13 @@ def sampler_name(sampler) -> str:
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 
+def named_sampler(name: str):
+    """The SAMPLER of that name; MTEOError where ComfyUI has none."""
+    if name not in comfy.samplers.SAMPLER_NAMES:
+        raise MTEOError(f"The sampler {name} is not known to ComfyUI: choose an ODE sampler such as euler, dpmpp_2m or ipndm.")
+    return comfy.samplers.sampler_object(name)
+
+
 def cfg_of(guider) -> float:
     """The cfg that a guider samples with, of two (DualCFGGuider) the first; 1 where it has none."""
     return float(getattr(guider, "cfg1", getattr(guider, "cfg", 1.0)))

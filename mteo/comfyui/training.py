@@ -12,19 +12,19 @@ import comfy.samplers
 import torch
 
 from ..distill import State, distill, load_state, save_state
-from ..embeddings import Embeddings, Table, as_stored, load_embeddings, save_embeddings
+from ..embeddings import FORMAT, Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
 from ..gridsearch import SEARCHED, Plain, no_progress, search_grid
 from ..guided import ALL, Guided
 from ..recipe import FREE, Recipe
-from ..schedule import karras, refined
+from ..schedule import SAME_SIGMA, karras, refined
 from ..sites import find_family, find_sites
 from ..tableau import Tableau, euler_tableau, execute, started_at
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
-from .conditions import content_hash, require_trainable
+from .conditions import WORDS, content_hash, require_trainable
 from .patch import KEY, apply_embeddings, model_fingerprint
 from .session import Session, private_copy, run_session, training_mode
-from .solver import read_tableau, sampler_name
+from .solver import named_sampler, read_tableau, sampler_name
 
 CHUNK = 32  # trajectories that are followed and stored together
 SHOWN = 4  # pictures of a preview
@@ -51,6 +51,7 @@ def distill_model(
     """
     with training_mode():
         require_trainable([*positives, negative])
+        sampler or named_sampler(recipe.solver)  # known before the long search
         run = facts_of(model, positives, negative, latent, recipe, sampler)
         store, name, about = RunFolder(folder, run), run["solver"], run["model"]
         private = private_copy(model)
@@ -59,7 +60,7 @@ def distill_model(
         if embeddings is None:
             embeddings = store.started()
             if embeddings is None:
-                grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps)
+                grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps, recipe.denoise)
                 network, prompts = private.model.diffusion_model, len(positives)
                 choose = lambda session: choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
                 table = run_session(private, positives, negative, latent, choose)
@@ -82,28 +83,42 @@ def facts_of(model, positives: list, negative, latent: torch.Tensor, recipe: Rec
     """What a table depends on (JSON): the arguments of `distill_model` by content, the same in another start of ComfyUI."""
     network, sampling = model.model.diffusion_model, model.get_model_object("model_sampling")
     sites = [site.path for site in find_sites(network, "embedding")]
+    matrices = [path for path, module in network.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) >= 2]
     return dict(
         recipe=recipe.facts(),
         solver=recipe.solver if sampler is None else sampler_name(sampler),
         solver_options=content_hash(getattr(sampler, "extra_options", {})),
+        format=FORMAT,
         conditions=content_hash([positives, negative]),
         latent=list(latent.shape),
         model=dict(family=find_family(network), sampling=type(sampling).__name__, fingerprint=model_fingerprint(model, sites)),
         sigmas=[float(sampling.percent_to_sigma(percent)) for percent in (0.25, 0.5, 0.75)],  # a shift of the schedule
+        prediction=[kind.__name__ for kind in type(sampling).__mro__],
+        weights=content_hash(model_fingerprint(model, matrices, 64)),
         patches=content_hash(model.patches),
+        options=content_hash(model.model_options),
     )
 
 
-def named_grid(sampling, scheduler: str, steps: int) -> torch.Tensor:
-    """[steps + 1] σ of a ComfyUI scheduler; MTEOError for an unknown name or a grid that does not start at the model's sigma_max."""
+def named_grid(sampling, scheduler: str, steps: int, denoise: float = 1.0) -> torch.Tensor:
+    """[steps + 1] σ of a ComfyUI scheduler, with a denoise below 1 the last ones of more, as KSampler takes them; MTEOError for an unknown name or a grid that
+    does not start at the model's sigma_max."""
     if scheduler not in comfy.samplers.SCHEDULER_NAMES:
         raise MTEOError(f"The grid {scheduler} is not known: choose {FREE} or one of {', '.join(comfy.samplers.SCHEDULER_NAMES)}.")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, steps).clone().float()
-    if len(sigmas) != steps + 1 or abs(float(sigmas[0] / sampling.sigma_max) - 1) > 1e-5:
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, int(steps / denoise))[-(steps + 1) :].clone().float()
+    if len(sigmas) != steps + 1 or (denoise == 1 and abs(float(sigmas[0] / sampling.sigma_max) - 1) > 1e-5):
         raise MTEOError(
             f"The grid {scheduler} gives {len(sigmas) - 1} steps from sigma {float(sigmas[0]):.4g} for this model: choose another grid, such as sgm_uniform."
         )
     return sigmas
+
+
+def start_sigma(sampling, recipe: Recipe) -> float:
+    """σ at which the recipe's samplings start: the model's largest, or with a denoise below 1 that of its named grid, and where the grid is searched for that
+    of the model's own time."""
+    if recipe.denoise == 1:
+        return float(sampling.sigma_max)
+    return float(sampling.percent_to_sigma(1 - recipe.denoise) if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps, recipe.denoise)[0])
 
 
 def with_table(private, embeddings: Embeddings, steps: int = 0):
@@ -132,11 +147,11 @@ def denoise_of(session: Session, alone: Sequence[int] = ()):
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are
     learned, each cfg value gets σ of its own; elsewhere the named solver's coefficients go with one grid for all."""
-    free, sigma_max = isinstance(grid, str), float(session.sampling.sigma_max)
+    free, start = isinstance(grid, str), start_sigma(session.sampling, recipe)
     read = lambda sigmas: (
         euler_tableau(sigmas)
         if sampler is None and recipe.solver == "euler"
-        else read_tableau(sampler or comfy.samplers.sampler_object(recipe.solver), sigmas, session.sampling, name)
+        else read_tableau(sampler or named_sampler(recipe.solver), sigmas, session.sampling, name)
     )
     if free:
         apart = recipe.rows == "all" and len(read(teacher_sigmas(session, recipe.steps)).sigmas) == recipe.steps
@@ -144,10 +159,10 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
     base = read(grid)
     if free:
-        base = started_at(base, sigma_max, None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
-        grid[0] = sigma_max
+        base = started_at(base, start, None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
+        grid[0] = start
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided)
-    table.solver_options = dict(getattr(sampler, "extra_options", {}))
+    table.solver_options = {name: value if isinstance(value, WORDS) else type(value).__name__ for name, value in getattr(sampler, "extra_options", {}).items()}
     if free and recipe.rows != "solver":  # training starts from what was found
         table.guidance, table.learned = sorted(recipe.guidance), found if apart else [replace(base, mean=own.mean) for own in found]
         table.offsets = {path: rows.expand(len(found), -1, -1).clone() for path, rows in table.offsets.items()}
@@ -156,32 +171,36 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
 
 @torch.no_grad()
 def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, progress) -> list[Tableau]:
-    """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid."""
+    """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid. Of a picture with noise on it more can be
+    seen than its mean: then the first call is where sampling starts."""
     rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
     told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
-    teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
+    start, analytic = start_sigma(session.sampling, recipe), recipe.rows != "solver" and recipe.denoise == 1
+    teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps, start))
     pairs = [
         gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell)
         for number, tell in zip(rising, told, strict=True)
     ]
-    plains = [Plain(denoise_of(session, recipe.alone), own) for own in pairs]
-    search = lambda own, tell: search_grid(own, recipe.steps, float(session.sampling.sigma_max), session.flow, tell, analytic=recipe.rows != "solver")
+    plains = [Plain(denoise_of(session, recipe.alone), own.part(slice(None))) for own in pairs]
+    search = lambda own, tell: search_grid(own, recipe.steps, start, session.flow, tell, analytic)
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
-def teacher_sigmas(session: Session, steps: int) -> torch.Tensor:
-    """The teacher's grid [steps + 1]: Karras', or for a flow model even steps of its own, shifted time (Esser et al. 2024, eq. 23), on which 24 steps are twice
-    as near to many (docs/ablations.md)."""
+def teacher_sigmas(session: Session, steps: int, start: float | None = None) -> torch.Tensor:
+    """The teacher's grid [steps + 1] from σ `start`, the model's largest if None: Karras', or for a flow model even steps of its own, shifted time (Esser et
+    al. 2024, eq. 23), on which 24 steps are twice as near to many (docs/ablations.md); a step more or less from a later start."""
+    sampling, largest = session.sampling, float(session.sampling.sigma_max)
+    if start is None or abs(start / largest - 1) < SAME_SIGMA:
+        start = largest  # to the last bit, as a student's is
     if not session.flow:
-        return karras(steps, float(session.sampling.sigma_min), float(session.sampling.sigma_max))
-    grid = named_grid(session.sampling, "sgm_uniform", steps)
-    grid[0] = session.sampling.sigma_max  # to the last bit, as a student's is
-    return grid
+        return karras(steps, float(sampling.sigma_min), start)
+    grid = named_grid(sampling, "sgm_uniform", round(steps / float((sampling.sigmas <= start * (1 + SAME_SIGMA)).float().mean())))
+    return torch.cat([torch.tensor([start]), grid[grid < start * (1 - SAME_SIGMA)]])
 
 
 def refined_of(session: Session, sigmas, steps: int) -> torch.Tensor:
     """The teacher's grid through a student's σ."""
-    return refined(torch.as_tensor(sigmas), teacher_sigmas(session, steps), session.flow)
+    return refined(torch.as_tensor(sigmas), teacher_sigmas(session, steps, float(sigmas[0])), session.flow)
 
 
 def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
@@ -192,7 +211,8 @@ def teacher_tableau(session: Session, sigmas: torch.Tensor) -> Tableau:
 def gather(
     session: Session, teacher: Tableau, student_sigmas, recipe: Recipe, number: int, stream: int, count: int, prompts: int, store, progress
 ) -> Trajectories:
-    """`count` teacher trajectories of the noise stream at the recipe's cfg value of that number; prompts in turn. Chunks that the store has are read."""
+    """`count` teacher trajectories of the noise stream at the recipe's cfg value of that number; prompts in turn. Chunks that the store has are read. They
+    are on the processor, and a part of them on the session's device."""
     cfg = recipe.guidance[number]
     parts, stage = [], {TRAIN: "teacher", VALIDATION: "teacher, held out", SEARCH: "teacher, for the grid"}[stream]
     for chunk in range(-(-count // CHUNK)):
@@ -202,20 +222,36 @@ def gather(
         if part is None:
             item = (torch.arange(chunk * CHUNK, chunk * CHUNK + size) + 7919 * (stream - 1)) % prompts
             guidance = torch.full((size,), cfg, dtype=torch.float64)
-            start = session.start(session.noise(size, (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63), teacher.sigmas[0])
+            seed = (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63
             with torch.no_grad():
+                start = starts(session, recipe, teacher.sigmas[0], item, guidance, prompts, seed)
                 states, end = follow(
                     teacher,
                     partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)),
                     start,
                     [] if student_sigmas is None else student_sigmas,
                 )
-            part = Trajectories(start, states, end, item, guidance)
+            if not end.isfinite().all():
+                raise MTEOError("The model's own pictures hold values that are not finite: load it in another precision, or choose another cfg.")
+            part = Trajectories(start, states, end, item, guidance).for_device(torch.device("cpu")).part(slice(None))
             if store:
                 store.write_chunk(stream, number, chunk, part)
-        parts.append(part.to(session.device))
+        parts.append(part)
     progress(stage, count, count)
-    return join(parts)
+    return join(parts).for_device(session.device)
+
+
+def starts(session: Session, recipe: Recipe, sigma: torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, prompts: int, seed: int) -> torch.Tensor:
+    """x_T [B, …] at σ of the recipe's samplings, for the prompts `item` [B]: noise; with a denoise below 1 noise on the model's own many-step pictures, of the
+    same prompt and of another one by turns."""
+    if recipe.denoise == 1:
+        return session.start(session.noise(len(item), seed), sigma)
+    first, noise = session.noise(2 * len(item), seed).chunk(2)
+    drawn = (item + (torch.arange(len(item)) % 2) * max(1, prompts // 2)) % prompts
+    many = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
+    start = session.start(first, many.sigmas[0])
+    pictures = execute(many, partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, drawn, guidance)), start)
+    return session.start(noise, sigma, pictures)
 
 
 def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, store: "RunFolder", progress) -> Table:
@@ -279,19 +315,20 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
     table, cfg = patch.table, max(recipe.guidance)
     patch.at(cfg)
     fine = teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps))
-    noise, made = session.noise(count, seed), {"teacher": [], "plain": [], "mteo": []}
+    made = {"teacher": [], "plain": [], "mteo": []}
+    patch.offsets.scale = 0.0
+    item, guidance = torch.arange(count) % prompts, torch.full((count,), cfg, dtype=torch.float64)
+    whole = starts(session, recipe, torch.tensor(table.sigmas[0]), item, guidance, prompts, seed)
+    whole = Trajectories(whole, whole[:, :0], whole, item, guidance)
     for begin in range(0, count, CHUNK):
-        item = torch.arange(begin, min(begin + CHUNK, count)) % prompts
-        guidance = torch.full((len(item),), cfg, dtype=torch.float64)
-        start = session.start(noise[begin : begin + CHUNK], torch.tensor(table.sigmas[0]))
-        part = Trajectories(start, start[:, :0], start, item, guidance)
+        part = whole.part(slice(begin, begin + CHUNK))
         for name, tableau, strength, alone in (
             ("teacher", fine, 0.0, ()),
             ("plain", table.tableau, 0.0, ()),
             ("mteo", table.tableau_at(cfg), 1.0, table.alone),
         ):
             patch.offsets.scale = strength
-            made[name].append(session.out(execute(tableau, partial(denoise_of(session, alone), batch=part), start)))
+            made[name].append(session.out(execute(tableau, partial(denoise_of(session, alone), batch=part), part.start)))
     return {name: torch.cat(parts) for name, parts in made.items()}
 
 
@@ -308,7 +345,8 @@ class RunFolder:
             raise MTEOError(f"The run folder {self.folder.name} belongs to a run with another recipe, model or prompts: choose another folder or delete it.")
         (self.folder / "teacher").mkdir(parents=True, exist_ok=True)
         if not own.is_file():
-            own.write_text(self.note)
+            own.with_suffix(".new").write_text(self.note)
+            own.with_suffix(".new").replace(own)
 
     def chunk(self, stream: int, number: int, chunk: int) -> Path:
         return self.folder / "teacher" / f"{('train', 'held_out')[stream - 1]}-{number}-{chunk:05}.safetensors"

@@ -279,10 +279,20 @@ def model_fingerprint(model, paths: list[str], sites: int = SITES) -> dict[str, 
     modules = dict(model.model.diffusion_model.named_modules())
 
     def weight_of(path):
-        backup = model.backup.get(f"diffusion_model.{path}.weight")
-        return modules[path].weight if backup is None else backup.weight
+        backup, module = model.backup.get(f"diffusion_model.{path}.weight"), modules[path]
+        weight = module.weight if backup is None else backup.weight
+        return dequantized(module, weight) if getattr(weight, "tensor_type", None) is not None else weight
 
     return fingerprint([path for path in paths if path in modules], weight_of, sites)
+
+
+def dequantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The numbers of a layer of ComfyUI-GGUF, which holds its weight as packed bytes, without the LoRAs that come on top of them."""
+    patches, weight.patches = weight.patches, []
+    try:
+        return module.get_weight(weight, torch.float32)
+    finally:
+        weight.patches = patches
 
 
 def require_model(model, embeddings: Embeddings) -> None:

@@ -6,7 +6,10 @@ import os
 
 from trainer.comfyui import find_root, open_comfyui
 
-NAMES = ("heldout", "quality", "seeds", "budgets", "generality", "ablations", "cost", "predicted", "guided", "exactness", "overhead", "gpu", "pictures")
+NAMES = (
+    "heldout", "quality", "seeds", "budgets", "generality", "ablations", "cost", "predicted",
+    "guided", "redraw", "exactness", "overhead", "gpu", "pictures",
+)
 
 
 def main() -> None:

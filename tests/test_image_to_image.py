@@ -84,6 +84,14 @@ def test_its_training_starts_from_the_models_own_pictures(kind, request):
     assert float(grid[0]) == pytest.approx(sigma) and float(grid[-1]) == 0 and (grid.diff() < 0).all() and 23 <= len(grid) - 1 <= 25
 
 
+def test_the_benchs_grids_start_at_one_sigma(parts):
+    from bench.redraw import grids_from
+
+    sampling = parts[0].get_model_object("model_sampling")
+    grids = grids_from(sampling, 3, 0.6, 2.5)
+    assert {"karras", "simple", "sgm_uniform"} <= set(grids) and all(float(sigmas[0]) == 2.5 and (sigmas.diff() < 0).all() for sigmas in grids.values())
+
+
 @torch.inference_mode()
 def test_bad_input_gets_one_sentence(distilled, parts):
     from mteo.comfyui.sampling import sample_latent

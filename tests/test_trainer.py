@@ -74,6 +74,11 @@ def test_sample_and_inspect(done):
     assert told.returncode == 0 and Image.open(picture).width > 200, told.stderr[-2000:]
     seen = trainer("inspect", table).stdout
     assert "3 steps of euler, rows learned" in seen and "middle_block.0.emb_layers.1" in seen
+    small = done[0] / "small.png"
+    Image.open(picture).crop((4, 40, 68, 104)).save(small)
+    redraw = ROOT / "reference" / "tables" / "reference-3steps-denoise-0.6.safetensors"
+    told = trainer("sample", redraw, "dog", "--image", small, "--count", 2, "--out", done[0] / "dog.png")
+    assert told.returncode == 0 and Image.open(done[0] / "dog.png").width > 100, told.stderr[-2000:]
     assert "cfg 1: calls told 7." in trainer("inspect", ROOT / "reference" / "tables" / "reference-3steps.safetensors").stdout
 
 

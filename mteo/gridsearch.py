@@ -69,10 +69,10 @@ class Plain:
             if denoised is None:
                 denoised = self.denoise(combine(tableau.matrix[call], terms), call, sigma, self.pairs)
                 if call + 1 < len(tableau.sigmas):
-                    self.known[past] = denoised
+                    self.known[past] = denoised.cpu()  # beside the network a card need not hold them
                     if len(self.known) > KEPT:
                         del self.known[next(iter(self.known))]
-            terms.append(denoised)
+            terms.append(denoised.to(self.pairs.start.device))
         return terms
 
     def solved(self, tableau: Tableau) -> tuple[torch.Tensor, Tableau]:

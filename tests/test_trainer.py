@@ -79,6 +79,7 @@ def test_sample_and_inspect(done):
     redraw = ROOT / "reference" / "tables" / "reference-3steps-denoise-0.6.safetensors"
     told = trainer("sample", redraw, "dog", "--image", small, "--count", 2, "--out", done[0] / "dog.png")
     assert told.returncode == 0 and Image.open(done[0] / "dog.png").width > 100, told.stderr[-2000:]
+    assert "image to image at denoise 0.6" in trainer("inspect", redraw).stdout
     assert "cfg 1: calls told 7." in trainer("inspect", ROOT / "reference" / "tables" / "reference-3steps.safetensors").stdout
 
 

@@ -271,6 +271,21 @@ def test_a_searched_grid_without_rows_is_for_any_sampler(parts):
     assert table.learned is None and table.tableau.sigmas.tolist() == pytest.approx(table.sigmas[:-1])
 
 
+def test_a_sampler_with_a_function_among_its_options_can_be_the_student(parts, tmp_path):
+    """The file says of it that it is one."""
+    from comfy_extras.nodes_custom_sampler import SamplerER_SDE
+
+    from mteo.comfyui.training import distill_model
+    from mteo.embeddings import load_embeddings
+
+    short = replace(RECIPE, guidance=(1.0,), iterations=1, batch=4, pictures=4, held_out=4, teacher_steps=4)
+    with torch.inference_mode():
+        sampler = SamplerER_SDE.execute(solver_type="ODE", max_stage=3, eta=0.0, s_noise=0.0).args[0]
+        distill_model(*parts, short, tmp_path / "run", sampler)
+    table = load_embeddings(tmp_path / "run" / "table.safetensors").tables[3]
+    assert table.solver == "er_sde" and table.solver_options["noise_scaler"] == "function"
+
+
 def test_a_model_without_a_factory_is_copied_for_training(parts):
     """As GGUF's, and all of ComfyUI 0.3.75: gradients flow in the copy, the original keeps its own tensors."""
     from mteo.comfyui.session import private_copy, training_mode

@@ -88,11 +88,11 @@ def named_grid_of(folder: Path, solver: str) -> str:
     return min(plain[0], key=lambda grid: sum(own[grid] for own in plain))
 
 
-def named(own, pairs: Trajectories, steps: int = STEPS) -> dict[str, dict[str, float]]:
-    """{solver: {grid: nRMSE}} of the plain model."""
+def named(own, pairs: Trajectories, steps: int = STEPS, grids_of=named_grids) -> dict[str, dict[str, float]]:
+    """{solver: {grid: nRMSE}} of the plain model, on grids_of(model sampling, steps)."""
 
     def work(session):
-        memory, grids = calls_of(session, pairs), named_grids(session.sampling, steps)
+        memory, grids = calls_of(session, pairs), grids_of(session.sampling, steps)
         return {
             solver: {
                 grid: nrmse(combine((tableau := solver_tableau(solver, sigmas, session.sampling)).matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]

@@ -10,7 +10,7 @@ import torch
 
 from mteo.comfyui.session import is_flow, private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
-from mteo.comfyui.training import denoise_of, refined_of, teacher_sigmas, teacher_tableau, trained, untrained_table, with_table
+from mteo.comfyui.training import denoise_of, refined_of, start_sigma, starts, teacher_sigmas, teacher_tableau, trained, untrained_table, with_table
 from mteo.embeddings import Embeddings
 from mteo.gridsearch import SEARCHED, Plain, search_grid
 from mteo.recipe import Recipe
@@ -123,15 +123,18 @@ def batched(session, pairs: Trajectories, alone=()):
     return denoise
 
 
-def teacher_pairs(own: Parts, count: int, cfg: float, seed: int, steps: int = TEACHER_STEPS, through: tuple[float, ...] = ()) -> Trajectories:
+def teacher_pairs(
+    own: Parts, count: int, cfg: float, seed: int, steps: int = TEACHER_STEPS, through: tuple[float, ...] = (), denoise: float = 1.0
+) -> Trajectories:
     """Starts, the teacher's states at the inner σ of a grid `through` (none: no states) and its end points: prompts in turn, noise by `seed`."""
 
     def work(session):
         item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
-        start = session.start(session.noise(count, seed), session.sampling.sigma_max)
-        denoise = batched(session, Trajectories(start, start[:, :0], start, item, guidance))
-        sigmas = refined_of(session, through, steps) if through else teacher_sigmas(session, steps)
-        states, end = follow(teacher_tableau(session, sigmas), denoise, start, through)
+        recipe = Recipe(denoise=denoise)
+        sigma = start_sigma(session.sampling, recipe)
+        start = starts(session, recipe, torch.tensor(sigma), item, guidance, len(own.positives), seed)
+        sigmas = refined_of(session, through, steps) if through else teacher_sigmas(session, steps, sigma)
+        states, end = follow(teacher_tableau(session, sigmas), batched(session, Trajectories(start, start[:, :0], start, item, guidance)), start, through)
         return Trajectories(start, states, end, item, guidance)
 
     return own.session(work)

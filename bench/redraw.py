@@ -4,22 +4,22 @@ noise on them, redrawn in three steps; prompts that no training saw.
 Solver, grid, σ and coefficients are chosen on validation pairs, figures are of test pairs: RMSE to the 24-step teacher from the same start ÷ its spread.
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from mteo.comfyui.training import named_grid, starts, teacher_sigmas, teacher_tableau
+from mteo.comfyui.training import named_grid
 from mteo.embeddings import load_embeddings
 from mteo.gridsearch import search_grid
-from mteo.metrics import nrmse, paired_bootstrap_ratio
-from mteo.recipe import Recipe
+from mteo.metrics import paired_bootstrap_ratio
 from mteo.schedule import karras
-from mteo.tableau import Tableau, combine
-from mteo.teacher import Trajectories, follow
+from mteo.tableau import Tableau
+from mteo.teacher import Trajectories
 from reference.objects import weights_file
 
-from .heldout import CFGS, SOLVERS, STEPS, best_named, summary, test_errors
-from .parts import ROOT, TEACHER_STEPS, batched, calls_of, name_of, parts, solver_tableau, stage, write_result
+from .heldout import CFGS, STEPS, best_named, named, summary, test_errors
+from .parts import ROOT, calls_of, name_of, parts, solver_tableau, stage, teacher_pairs, write_result
 from .rival import refine
 
 TABLE = ROOT / "reference" / "tables" / "reference-3steps-denoise-0.6.safetensors"
@@ -38,14 +38,15 @@ def run(arguments: list[str]) -> dict:
     denoise, start = table.record["recipe"]["denoise"], table.sigmas[0]
     folder = ROOT / "runs" / "bench" / f"redraw-{weights}-{denoise:g}-{told.validation}-{told.test}"
     own = {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
+    redrawn, grids_of = partial(teacher_pairs, denoise=denoise), partial(grids_from, denoise=denoise, start=start)
     rows, ratios = {}, {}
     for cfg in CFGS:
-        pairs = {split: stage(folder, f"{split}-{cfg:g}", redrawn, one, getattr(told, split), cfg, denoise, start) for split, one in own.items()}
-        plain = stage(folder, f"named-{cfg:g}", named, own["validation"], pairs["validation"], denoise, start)
+        pairs = {split: stage(folder, f"{split}-{cfg:g}", redrawn, one, len(one.positives), cfg, 3000 + len(one.positives)) for split, one in own.items()}
+        plain = stage(folder, f"named-{cfg:g}", named, own["validation"], pairs["validation"], STEPS, grids_of)
         free = stage(folder, f"free-{cfg:g}", searched, own["validation"], pairs["validation"], start)
         solver, grid = best_named(plain)
         sampling = own["test"].model.get_model_object("model_sampling")
-        named_best = solver_tableau(solver, grids_from(sampling, STEPS, denoise, start)[grid], sampling)
+        named_best = solver_tableau(solver, grids_of(sampling, STEPS)[grid], sampling)
         tables = {f"plain, {solver}/{grid}": (named_best,), "plain, searched": (free,), "MTEO": (table.tableau_at(cfg), embeddings)}
         best, rival, mteo = errors = [test_errors(own["test"], pairs["test"], *one) for one in tables.values()]
         rows[f"cfg {cfg:g}"] = dict(zip(tables, map(summary, errors), strict=True))
@@ -58,20 +59,6 @@ def run(arguments: list[str]) -> dict:
     return result
 
 
-def redrawn(own, count: int, cfg: float, denoise: float, start: float) -> Trajectories:
-    """Starts at σ `start` and the teacher's ends; noise and prompts by `count`."""
-
-    def work(session):
-        item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
-        with torch.no_grad():
-            first = starts(session, Recipe(denoise=denoise), torch.tensor(start), item, guidance, len(own.positives), 3000 + count)
-        pairs = Trajectories(first, first[:, :0], first, item, guidance)
-        _, end = follow(teacher_tableau(session, teacher_sigmas(session, TEACHER_STEPS, start)), batched(session, pairs), first, ())
-        return Trajectories(first, first[:, :0], end, item, guidance)
-
-    return own.session(work)
-
-
 def grids_from(sampling, steps: int, denoise: float, start: float) -> dict[str, torch.Tensor]:
     """[steps + 1] σ by name, from σ `start`: Karras' between it and the smallest, those of a KSampler with this denoise, moved to it where they then fall."""
     grids = {name: named_grid(sampling, name, steps, denoise) for name in SCHEDULERS}
@@ -79,20 +66,6 @@ def grids_from(sampling, steps: int, denoise: float, start: float) -> dict[str, 
     for sigmas in grids.values():
         sigmas[0] = start
     return {name: sigmas for name, sigmas in grids.items() if (sigmas.diff() < 0).all()}
-
-
-def named(own, pairs: Trajectories, denoise: float, start: float) -> dict[str, dict[str, float]]:
-    """{solver: {grid: nRMSE}} of the plain model."""
-
-    def work(session):
-        memory, found = calls_of(session, pairs), {}
-        for solver in SOLVERS:
-            for grid, sigmas in grids_from(session.sampling, STEPS, denoise, start).items():
-                tableau = solver_tableau(solver, sigmas, session.sampling)
-                found.setdefault(solver, {})[grid] = nrmse(combine(tableau.matrix[-1], memory.terms(tableau)), pairs.end)["pooled"]
-        return found
-
-    return own.session(work)
 
 
 def searched(own, pairs: Trajectories, start: float) -> Tableau:

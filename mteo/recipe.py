@@ -81,6 +81,12 @@ class Recipe:
         return self.perception > 0 and cfg != 1
 
     @property
+    def analytic(self) -> bool:
+        """Whether the first call may be told a σ below that of x_T, for nothing: not where the solver stays the named one, nor from a picture under noise, of
+        which more can be seen than its mean."""
+        return self.rows != "solver" and self.denoise == 1
+
+    @property
     def alone(self) -> list[int]:
         """The steps, from 0, that evaluate the prompt alone."""
         return alone_of(self.guided, range(self.steps))

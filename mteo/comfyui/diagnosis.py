@@ -94,7 +94,7 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
         "with a solved last row": root(row_error(terms, pairs.end, tableau)),
     }
     if free:
-        [tableau] = search_grid([plain], recipe.steps, start, session.flow, progress, recipe.rows != "solver" and recipe.denoise == 1)
+        [tableau] = search_grid([plain], recipe.steps, start, session.flow, progress, recipe.analytic)
         sigmas = tableau.schedule.float()
         errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
     else:

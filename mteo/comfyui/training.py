@@ -147,7 +147,7 @@ def denoise_of(session: Session, alone: Sequence[int] = ()):
 def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, grid, sampler, name: str, prompts: int, progress) -> Table:
     """The student before training: its σ (given or searched for on the plain model with re-solved rows) and its coefficients. Where all coefficients are
     learned, each cfg value gets σ of its own; elsewhere the named solver's coefficients go with one grid for all."""
-    free, start = isinstance(grid, str), start_sigma(session.sampling, recipe)
+    free = isinstance(grid, str)
     read = lambda sigmas: (
         euler_tableau(sigmas)
         if sampler is None and recipe.solver == "euler"
@@ -159,6 +159,7 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
         grid = torch.cat([torch.stack([own.sigmas for own in found]).mean(0), torch.zeros(1, dtype=torch.float64)]).float()
     base = read(grid)
     if free:
+        start = start_sigma(session.sampling, recipe)
         base = started_at(base, start, None if found[0].mean is None else torch.stack([own.mean for own in found]).mean(0))
         grid[0] = start
     table = untrained_table(network, session.sampling, recipe.space, grid, name, base, recipe.guided)
@@ -171,18 +172,17 @@ def choose_solver(session: Session, network: torch.nn.Module, recipe: Recipe, gr
 
 @torch.no_grad()
 def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, progress) -> list[Tableau]:
-    """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid. Of a picture with noise on it more can be
-    seen than its mean: then the first call is where sampling starts."""
+    """The plain model's best for each cfg value, in rising order of it: `apart` each for itself, or all on one grid."""
     rising = sorted(range(len(recipe.guidance)), key=lambda number: recipe.guidance[number])
     told = [partial(progress, part=(place, len(rising))) for place in range(len(rising))]
-    start, analytic = start_sigma(session.sampling, recipe), recipe.rows != "solver" and recipe.denoise == 1
+    start = start_sigma(session.sampling, recipe)
     teacher = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps, start))
     pairs = [
         gather(session, teacher, None, recipe, number, SEARCH, min(SEARCHED, recipe.pictures), prompts, None, tell)
         for number, tell in zip(rising, told, strict=True)
     ]
     plains = [Plain(denoise_of(session, recipe.alone), own.part(slice(None))) for own in pairs]
-    search = lambda own, tell: search_grid(own, recipe.steps, start, session.flow, tell, analytic)
+    search = lambda own, tell: search_grid(own, recipe.steps, start, session.flow, tell, recipe.analytic)
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
@@ -223,17 +223,16 @@ def gather(
             item = (torch.arange(chunk * CHUNK, chunk * CHUNK + size) + 7919 * (stream - 1)) % prompts
             guidance = torch.full((size,), cfg, dtype=torch.float64)
             seed = (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63
-            with torch.no_grad():
-                start = starts(session, recipe, teacher.sigmas[0], item, guidance, prompts, seed)
-                states, end = follow(
-                    teacher,
-                    partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)),
-                    start,
-                    [] if student_sigmas is None else student_sigmas,
-                )
+            start = starts(session, recipe, teacher.sigmas[0], item, guidance, prompts, seed)
+            states, end = follow(
+                teacher,
+                partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)),
+                start,
+                [] if student_sigmas is None else student_sigmas,
+            )
             if not end.isfinite().all():
                 raise MTEOError("The model's own pictures hold values that are not finite: load it in another precision, or choose another cfg.")
-            part = Trajectories(start, states, end, item, guidance).for_device(torch.device("cpu")).part(slice(None))
+            part = Trajectories(start, states, end, item, guidance, torch.device("cpu")).part(slice(None))
             if store:
                 store.write_chunk(stream, number, chunk, part)
         parts.append(part)
@@ -241,6 +240,7 @@ def gather(
     return join(parts).for_device(session.device)
 
 
+@torch.no_grad()
 def starts(session: Session, recipe: Recipe, sigma: torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, prompts: int, seed: int) -> torch.Tensor:
     """x_T [B, …] at σ of the recipe's samplings, for the prompts `item` [B]: noise; with a denoise below 1 noise on the model's own many-step pictures, of the
     same prompt and of another one by turns."""

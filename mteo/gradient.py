@@ -38,9 +38,15 @@ def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Te
     while True:
         try:
             return in_room(loss_of, denoise, batch, parameters, room)
-        except torch.cuda.OutOfMemoryError:
-            pass  # its traceback holds what was computed until here
+        except RuntimeError as error:
+            if not full(error):
+                raise  # else go on below: its traceback holds what was computed until here
         room.shrink()
+
+
+def full(error: RuntimeError) -> bool:
+    """Whether it says that a device's memory is full: a class of its own with CUDA, a sentence with Apple's MPS and other backends."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
 
 
 def in_room(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -18,15 +18,18 @@ def batch_of(count: int) -> Trajectories:
     return Trajectories(8 * start, start[:, :0], end, torch.arange(count), torch.ones(count, dtype=torch.float64))
 
 
-def gradient(room: Room, most: int = 1000, count: int = 10):
+FULL = torch.cuda.OutOfMemoryError("full")
+
+
+def gradient(room: Room, most: int = 1000, count: int = 10, error: RuntimeError = FULL):
     """(loss, gradients, the sizes that were evaluated) of a network with two numbers on a card that holds `most` pictures with their evaluations, and ten times
-    as many without."""
+    as many without; `error` says that it is full."""
     parameters, batch, sizes = [torch.tensor([0.3], requires_grad=True), torch.tensor([0.1], requires_grad=True)], batch_of(count), []
 
     def denoise(x, call, sigma, batch):
         sizes.append(len(x))
         if len(x) > most:
-            raise torch.cuda.OutOfMemoryError("full")
+            raise error
         return torch.tanh(parameters[0] * x / (1 + sigma**2) ** 0.5 + parameters[1] * (call + 1)) * batch.item.view(-1, 1, 1, 1)
 
     def loss_of(rows, denoise):
@@ -44,13 +47,16 @@ def test_fewer_pictures_at_a_time_and_evaluations_made_twice_give_the_same_gradi
         assert own.allclose(loss, rtol=1e-5) and all(a.allclose(b, rtol=1e-4) for a, b in zip(parts, whole, strict=True))
 
 
-def test_a_full_card_is_given_less_and_stays_so():
+@pytest.mark.parametrize("error", [FULL, RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")])
+def test_a_full_card_is_given_less_and_stays_so(error):
     room = Room(10)
-    _, parts, sizes = gradient(room, most=3)
+    _, parts, sizes = gradient(room, most=3, error=error)
     assert room == Room(3) and sizes[0] == 10 and all(a.allclose(b, rtol=1e-4) for a, b in zip(parts, gradient(Room(10))[1], strict=True))
     assert max(gradient(room, most=3)[2]) == 3, "not tried anew at each step"
     with pytest.raises(MTEOError, match="smaller latent"):
-        gradient(room, most=0)
+        gradient(room, most=0, error=error)
+    with pytest.raises(RuntimeError, match="another fault"):
+        gradient(Room(10), most=3, error=RuntimeError("another fault"))
     assert room == Room(1, recompute=True)
 
 

@@ -17,6 +17,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
+from ..gradient import full
 from ..perception import NOISE, watched
 from ..precision import multiplies_bfloat16
 from ..schedule import sigma_of
@@ -72,8 +73,8 @@ class Session:
         while True:
             try:
                 return self._denoise(x, sigma, item, guidance)
-            except torch.cuda.OutOfMemoryError:
-                if torch.is_grad_enabled() or min(len(x), self._together) == 1:
+            except RuntimeError as error:
+                if not full(error) or torch.is_grad_enabled() or min(len(x), self._together) == 1:
                     raise
             self._together = min(len(x), self._together) // 2
             torch.cuda.empty_cache()

@@ -92,7 +92,8 @@ def run(arguments: list[str]) -> dict:
         evaluations_to_90=enough,
         gain_share={budget: round(gain / max(gains.values()), 4) for budget, gain in gains.items()},
     )
-    write_result(f"cost-{told.model}-cfg{told.cfg:g}", result | {"rows": rounded(rows)})
+    usual = (told.batch, told.rate) == (Recipe().batch, Recipe().rate)
+    write_result(f"cost-{told.model}-cfg{told.cfg:g}" + ("" if usual else f"-batch{told.batch}-rate{told.rate:g}"), result | {"rows": rounded(rows)})
     return result
 
 

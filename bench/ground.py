@@ -16,7 +16,8 @@ from .trained import Trained
 TRAINED = RESULTS / "trained"
 BOUND = dict(type=int, default=300_000, help="evaluations of SFD, which changes the weights; 0: without it")  # a flag where there is such a bound
 HELD_OUT = 128  # pairs that a training is stopped by
-NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there
+NUMBERS = dict(validation=64, peers=60_000, pairs=512)  # of the trainings that are kept there,
+BUDGETS = (NUMBERS["peers"], 300_000)  # those of five times as many evaluations, too
 
 
 def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.ArgumentParser:
@@ -87,6 +88,6 @@ def grounds(told, planned: int) -> Iterator[Ground]:
 
 def trainings_of(told, otherwise: Path) -> Path:
     """Where trainings with these numbers are kept."""
-    usual = all(getattr(told, name) == value for name, value in NUMBERS.items())
+    usual = told.peers in BUDGETS and all(getattr(told, name) == NUMBERS[name] for name in ("validation", "pairs"))
     return TRAINED / f"{told.model}-{name_of(weights_file(told.model))}" if usual else otherwise
 

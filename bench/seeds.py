@@ -6,7 +6,7 @@ import torch
 
 from reference.objects import weights_file
 
-from .ground import grounds, parser_of, teacher_planned
+from .ground import NUMBERS, grounds, parser_of, teacher_planned
 from .heldout import CFGS, STEPS
 from .intervals import largest_ratios
 from .judge import Judged
@@ -27,7 +27,8 @@ def run(arguments: list[str]) -> dict:
     if len(kinds := {rival.endswith(methods.ANALYTIC) for rival in told.rivals}) > 1:
         parser.error("--rivals has peers with their first step for nothing and others: name those of one kind.")
     analytic = methods.ANALYTIC if kinds.pop() else ""
-    name, about = f"seeds-{told.model}", dict(weights=name_of(weights_file(told.model))) | {key: getattr(told, key) for key in ("count", "peers", "pairs")}
+    name = f"seeds-{told.model}" + ("" if told.peers == NUMBERS["peers"] else f"-{told.peers}")
+    about = dict(weights=name_of(weights_file(told.model))) | {key: getattr(told, key) for key in ("count", "peers", "pairs")}
     by_cfg = {}
     for ground in grounds(told, planned(told)):
         about["judge"], ways, seeds = ground.judge.name, Ways(ground), range(told.seeds)

@@ -81,12 +81,12 @@ def grounds(told, planned: int) -> Iterator[Ground]:
     print(f"[bench] at most {planned:,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
     prompts = told.count // SEEDS
     own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
-    judge, trained = Judge(told.model, prompts), Trained(trainings_of(told, folder))
+    judge, trained = Judge(told.model, prompts), Trained(training_folder(told, folder))
     for cfg in told.cfg:
         yield Ground(folder, told, cfg, judge, own, choosing, seen, trained)
 
 
-def trainings_of(told, otherwise: Path) -> Path:
+def training_folder(told, otherwise: Path) -> Path:
     """Where trainings with these numbers are kept."""
     usual = told.peers in BUDGETS and all(getattr(told, name) == NUMBERS[name] for name in ("validation", "pairs"))
     return TRAINED / f"{told.model}-{name_of(weights_file(told.model))}" if usual else otherwise

@@ -81,9 +81,9 @@ def grounds(told, planned: int) -> Iterator[Ground]:
     print(f"[bench] at most {planned:,} network evaluations, less what {folder.relative_to(ROOT)} has", flush=True)
     prompts = told.count // SEEDS
     own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
-    judge, trained = Judge(told.model, prompts), Trained(training_folder(told, folder))
+    trained = Trained(training_folder(told, folder))
     for cfg in told.cfg:
-        yield Ground(folder, told, cfg, judge, own, choosing, seen, trained)
+        yield Ground(folder, told, cfg, Judge(told.model, prompts), own, choosing, seen, trained)
 
 
 def training_folder(told, otherwise: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from mteo.coefficients import moves_sigmas
 from mteo.distill import LATE, SOLVED
 from mteo.gridsearch import SEARCHED, Plain, search_grid
 from mteo.metrics import nrmse
@@ -119,9 +120,8 @@ def searched(seen, pairs: Trajectories, analytic: bool = True, steps: int = STEP
     def work(session):
         lab = Lab(session)
         with torch.no_grad():
-            [found] = search_grid(
-                [Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs)], steps, lab.sigma_max, session.flow, analytic=analytic
-            )
+            plain, rough = Plain(lambda x, call, sigma, batch: lab.denoise(x, sigma, batch), pairs), moves_sigmas(Recipe(steps=steps), steps)
+            [found] = search_grid([plain], steps, lab.sigma_max, session.flow, analytic=analytic, rough=rough)
         return found, lab.spent + methods.teacher_cost(pairs)
 
     return seen.session(work)

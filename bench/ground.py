@@ -44,19 +44,17 @@ class Ground:
     folder: Path
     told: argparse.Namespace
     cfg: float
-    judge: Judge
     own: Parts
     choosing: Parts
     seen: Parts
     trained: Trained
 
     pairs = cached_property(lambda self: self._pairs("teacher", self.own, self.told.count, 2001))
+    other = cached_property(lambda self: self._pairs("teacher-other", self.own, self.told.count, 2002))
+    judge = cached_property(lambda self: Judge(self.told.model, self.pairs.end, self.other.end))
     validation = cached_property(lambda self: self._pairs("validation", self.choosing, self.told.validation, 2003))
     train = cached_property(lambda self: self.stage(f"peers-train-{self.cfg:g}-{self.told.pairs}", teacher_pairs, self.seen, self.told.pairs, self.cfg, 2004))
     held_out = cached_property(lambda self: self.stage(f"peers-held-out-{self.cfg:g}-{HELD_OUT}", teacher_pairs, self.seen, HELD_OUT, self.cfg, 2005))
-
-    def __post_init__(self):
-        self.judge.against(self.pairs.end, self._pairs("teacher-other", self.own, self.told.count, 2002).end)
 
     def _pairs(self, name: str, of: Parts, count: int, seed: int) -> Trajectories:
         return self.stage(f"{name}-{self.cfg:g}", teacher_pairs, of, count, self.cfg, seed)
@@ -83,7 +81,7 @@ def grounds(told, planned: int) -> Iterator[Ground]:
     own, choosing, seen = parts(5, prompts, True, told.model), parts(6, told.validation, True, told.model), parts(1, 1024, False, told.model)
     trained = Trained(training_folder(told, folder))
     for cfg in told.cfg:
-        yield Ground(folder, told, cfg, Judge(told.model, prompts), own, choosing, seen, trained)
+        yield Ground(folder, told, cfg, own, choosing, seen, trained)
 
 
 def training_folder(told, otherwise: Path) -> Path:

@@ -24,16 +24,19 @@ class Judged:
 
 
 class Judge:
-    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, as `against` says. fd is of real scenes' variance."""
+    """All measures of a set of end points [prompts · SEEDS, ...], prompts in turn, beside two such of the teacher, of the `same` noise and of `other`. fd is of
+    real scenes' variance."""
 
-    def __init__(self, kind: str, prompts: int):
+    def __init__(self, kind: str, same: torch.Tensor, other: torch.Tensor):
         numbers = vae_numbers(kind)
         self.device = comfy.model_management.get_torch_device()
         self.vae, self.numbers = latents.LinearVAE(numbers["basis"]).to(self.device), numbers
         classifier = gate.classifier_of(kind)
-        self.names = scenes.draw_names(prompts, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
+        self.names = scenes.draw_names(len(same) // SEEDS, torch.Generator().manual_seed(5), True).repeat(SEEDS, 1)
         self.name = tensor_hash({name: value.detach() for name, value in classifier.named_parameters()})[2:14]  # distances by others are not to be compared
         self.classifier = classifier.to(self.device)
+        self.same, other = same.to(self.device), other.to(self.device)
+        self.other = dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """[N, gate.FEATURES] float64; over real scenes of mean 0 and mean variance 1. On the judge's device, as everything here but what `judged` keeps."""
@@ -47,11 +50,6 @@ class Judge:
     def by_prompt(self, x: torch.Tensor) -> float:
         """Diversity of a prompt's seeds."""
         return diversity(x.view(SEEDS, -1, *x.shape[1:]).transpose(0, 1).flatten(0, 1), SEEDS)
-
-    def against(self, same: torch.Tensor, other: torch.Tensor) -> None:
-        """From now on sets are compared with these of the teacher: of the same noise, and of other noise."""
-        self.same, other = same.to(self.device), other.to(self.device)
-        self.other = dict(features=self.features(other), pictures=self.pictures(other), diversity=self.by_prompt(other))
 
     def judged(self, ends: torch.Tensor) -> Judged:
         """All of a set on any device; on the processor, the features in float32."""

@@ -8,6 +8,7 @@ import comfy.model_sampling
 import comfy.samplers
 import torch
 
+from mteo.coefficients import moves_sigmas
 from mteo.comfyui.session import is_flow, private_copy, run_session, training_mode
 from mteo.comfyui.solver import read_tableau
 from mteo.comfyui.training import denoise_of, refined_of, start_sigma, starts, teacher_sigmas, teacher_tableau, trained, untrained_table, with_table
@@ -166,7 +167,7 @@ def searched_start(seen: Parts, recipe: Recipe, held_out: Trajectories) -> Table
 
     def work(session):
         plain = calls_of(session, held_out.part(slice(0, SEARCHED)), recipe.alone)
-        return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow)[0]
+        return search_grid([plain], recipe.steps, float(session.sampling.sigma_max), session.flow, rough=moves_sigmas(recipe, recipe.steps))[0]
 
     return seen.session(work)
 

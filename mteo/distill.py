@@ -1,4 +1,4 @@
-"""Learn the offsets: the student's K steps against the teacher's end points, with the solver's rows beside them.
+"""Learn the offsets: the student's K steps against the teacher's end points, with the solver's rows and σ beside them.
 
 Stage A goes step by step: the student's own state, one step, the teacher's next state as target. Stage B goes end to end.
 The caller gives `denoise(x, call, sigma, batch)`, which reads the trainable offsets; weights are frozen, so a step costs a
@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
+from .coefficients import QUICK, ROWS, SIGMAS, SOLVERS, corrected, learned_of, row_units
 from .errors import MTEOError
 from .gradient import Room, gradient_of
 from .perception import unlikeness
 from .recipe import Recipe
-from .tableau import Tableau, combine, execute, with_matrix
+from .tableau import Tableau, combine, execute
 from .teacher import Trajectories
 
-ROWS = "solver.rows"  # the learned correction of the solver's rows, beside the sites
-ROW_UNIT = 0.3  # a correction of 1 is this much on a coefficient of D; on x_T it is this ÷ σ_0, as x_T is σ_0 times larger
 LATE = 0.5  # the part of stage B, at its end, in which the network's own view counts
 SOLVED = 128  # training pairs that the last row is solved on, and the rates found, before training
 REACH = 0.15  # the part of the loss that a first step takes away at most, to first order: beyond it the network's answer is not linear in the offsets
@@ -72,30 +71,6 @@ def load_state(path: Path) -> State | None:
         raise MTEOError(f"The training state {Path(path).name} cannot be read: delete it to train from the start.") from error
 
 
-def rows_of(recipe: Recipe, tableau: Tableau) -> dict[str, torch.Tensor]:
-    """{ROWS: a correction of 0} where the recipe learns of the solver's coefficients, on the processor, as the solver is."""
-    calls = len(tableau.sigmas)
-    return {} if recipe.rows == "solver" else {ROWS: torch.zeros(calls if recipe.rows == "all" else 1, calls + 1)}
-
-
-def row_units(tableau: Tableau, rows: int) -> torch.Tensor:
-    """[rows, N + 1]: what a correction of 1 is on the solver's last `rows` rows; 0 where a row knows nothing yet: the x of call j knows x_T and D_0 …
-    D_{j−1}."""
-    calls = len(tableau.sigmas)
-    unit = torch.full((calls, calls + 1), ROW_UNIT).tril(1)
-    unit[:, 0] /= float(tableau.start_sigma)
-    return unit[-rows:]
-
-
-def corrected(tableau: Tableau, parameters: dict[str, torch.Tensor]) -> Tableau:
-    """The solver with the correction [M, N + 1] of its last M rows, if one is learned; differentiable."""
-    if ROWS not in parameters:
-        return tableau
-    correction, rows = parameters[ROWS], len(parameters[ROWS])
-    matrix = tableau.matrix
-    return with_matrix(tableau, torch.cat([matrix[:-rows], matrix[-rows:] + (correction * row_units(tableau, rows).to(correction)).double()]))
-
-
 def student_terms(tableau: Tableau, denoise, start: torch.Tensor, calls: int | None = None) -> list[torch.Tensor]:
     """[x_T, D_0, …, D_{calls-1}] of the student; denoise(x, call, sigma) -> D."""
     terms = [tableau.begun(start)]
@@ -110,40 +85,44 @@ def picture_loss(end: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tableau, train: Trajectories, validation: Trajectories, recipe: Recipe,
-            state: State | None = None, progress=None) -> tuple[dict[str, torch.Tensor], Tableau, State]:
+            state: State | None = None, progress=None, flow: bool = False) -> tuple[dict[str, torch.Tensor], Tableau, State]:
     """Train `offsets` (the tensors [R, D] that `denoise` reads, changed in place) and return the best of the validation.
 
     denoise(x, call, sigma, batch) -> D, `batch` a part of the trajectories. perceive(x, noise, batch) -> what the plain network's blocks make of pictures x,
     for `unlikeness`; None where the error of the latents is all that counts. progress(state, line) is called after every step, `line` being a dict after a
-    validation and else None; it may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of its rows,
-    state).
+    validation and else None; it may raise to cancel. `state` goes on where an earlier run stopped. Returns (offsets, tableau with what was learned of it,
+    state). flow: whether x is (1 − σ)·picture + σ·noise.
     """
     calls, spread = len(tableau.sigmas), float(train.end.cpu().double().std())
     parameters = {path: value.requires_grad_(True) for path, value in offsets.items()}
-    parameters |= {name: value.requires_grad_(True) for name, value in rows_of(recipe, tableau).items()}
+    parameters |= {name: value.requires_grad_(True) for name, value in learned_of(recipe, tableau).items()}
+    solver = lambda learned: corrected(tableau, learned, flow)
     state = state or fresh_state(parameters, recipe)
     state.go_beside(parameters)
     generator = torch.Generator()
     generator.set_state(state.generator)
     total, room = recipe.sequential + recipe.iterations, Room(recipe.batch)
+    late = math.ceil(max(total - LATE * recipe.iterations, recipe.sequential))
     load(parameters, state.offsets)
     if not state.best_offsets:
-        line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe)  # zero offsets: the plain model
+        line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe)  # zero offsets: the plain model
         if recipe.rows != "solver":
             change = solved_row(denoise, tableau, train.part(slice(0, SOLVED))) - tableau.matrix[-1]
             for values in (state.offsets, state.averaged):
                 values[ROWS][-1] = (change / row_units(tableau, 1)[-1]).to(values[ROWS])
             load(parameters, state.offsets)
-        state.rates = first_rates(denoise, tableau, parameters, train.part(slice(0, SOLVED)), recipe, room)
+        state.rates = first_rates(denoise, solver, parameters, train.part(slice(0, SOLVED)), recipe, room)
         if progress is not None:
             progress(state, line)
     while state.iteration < total:
         batch, noise = train.part(torch.randint(len(train), (recipe.batch,), generator=generator)), None
-        if perceive and state.iteration >= max(total - LATE * recipe.iterations, recipe.sequential):
+        if perceive and state.iteration == late:
+            state.best_score = math.inf  # from here on only tables that were trained by the network's view, too: what it gives sets, the score shows in part
+        if perceive and state.iteration >= late:
             noise = torch.randn(batch.end.shape, generator=generator).to(batch.end.device)
 
         def loss_of(rows: slice, denoise, batch=batch, noise=noise) -> torch.Tensor:
-            part, student = batch.part(rows), corrected(tableau, parameters)
+            part, student = batch.part(rows), solver(parameters)
             if state.iteration < recipe.sequential:
                 return step_loss(state.iteration * calls // recipe.sequential, student, denoise, part)
             end = execute(student, partial(denoise, batch=part), part.start)
@@ -156,14 +135,13 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
         state.generator = generator.get_state()
         line = None
         if state.iteration % recipe.validate_every == 0 or state.iteration == total:
-            line = keep_best(state, parameters, tableau, denoise, perceive, validation, recipe, float(loss))
+            line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe, float(loss))
         if progress is not None:
             progress(state, line)
     load(parameters, state.best_offsets)
     best = {path: value.detach().clone() for path, value in parameters.items()}
-    learned = with_matrix(tableau, corrected(tableau, best).matrix)
-    best.pop(ROWS, None)
-    return best, learned, state
+    learned = solver(best)
+    return {path: value for path, value in best.items() if path not in SOLVERS}, learned, state
 
 
 def seen_apart(perceive, end: torch.Tensor, batch: Trajectories, noise: torch.Tensor) -> torch.Tensor:
@@ -205,15 +183,16 @@ def ridge(gram: torch.Tensor, right: torch.Tensor, prior: torch.Tensor, weight: 
     return torch.linalg.solve(gram + damp, right + damp @ prior)
 
 
-def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe, room: Room) -> dict[str, float]:
-    """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites and one for the
-    rows: that at which it is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off (docs/ablations.md)."""
+def first_rates(denoise, solver, parameters: dict[str, torch.Tensor], pairs: Trajectories, recipe: Recipe, room: Room) -> dict[str, float]:
+    """Adam's first step moves each number by its rate, and so makes the loss Σ rate·|gradient| smaller, to first order. One rate for all sites, one for the
+    rows and one for σ: that at which it is REACH of the loss, or the recipe's. Networks differ: what is right for one throws another far off
+    (docs/ablations.md)."""
     slopes, whole = {path: torch.zeros(value.shape, dtype=torch.float64) for path, value in parameters.items()}, 0.0
     for part in (pairs.part(slice(begin, begin + recipe.batch)) for begin in range(0, len(pairs), recipe.batch)):
 
         def loss_of(rows: slice, denoise, part=part) -> torch.Tensor:
             few = part.part(rows)
-            return picture_loss(execute(corrected(tableau, parameters), partial(denoise, batch=few), few.start), few.end)
+            return picture_loss(execute(solver(parameters), partial(denoise, batch=few), few.start), few.end)
 
         loss, gradients = gradient_of(loss_of, denoise, part, list(parameters.values()), room)
         share = len(part) / len(pairs)
@@ -221,9 +200,10 @@ def first_rates(denoise, tableau: Tableau, parameters: dict[str, torch.Tensor], 
         for slope, gradient in zip(slopes.values(), gradients, strict=True):
             slope += share * gradient.cpu().double()
     steep = {path: float(slope.abs().sum()) for path, slope in slopes.items()}
-    rate = lambda slope: min(recipe.rate, REACH * whole / (slope + 1e-12))
-    sites = rate(sum(slope for path, slope in steep.items() if path != ROWS))
-    return {path: rate(slope) if path == ROWS else sites for path, slope in steep.items()}
+    rate = lambda slope, pace=1: min(pace * recipe.rate, REACH * whole / (slope + 1e-12))
+    sites = rate(sum(slope for path, slope in steep.items() if path not in SOLVERS))
+    pace = {ROWS: QUICK if SIGMAS in steep else 1}
+    return {path: rate(slope, pace.get(path, 1)) if path in SOLVERS else sites for path, slope in steep.items()}
 
 
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
@@ -256,12 +236,12 @@ def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: in
     return torch.cat(errors) / float(pairs.end.cpu().double().std()), unlike / len(pairs) if perceive else None
 
 
-def keep_best(state: State, parameters, tableau, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
+def keep_best(state: State, parameters, solver, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
     """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small: a few hard pictures rule the pooled error, which
     is what is told."""
     load(parameters, state.averaged if state.iteration else state.offsets)
     with torch.no_grad():
-        errors, unlike = evaluate(denoise, perceive, corrected(tableau, parameters), validation)
+        errors, unlike = evaluate(denoise, perceive, solver(parameters), validation)
     error, score = float(errors.square().mean().sqrt()), float(errors.mean()) + recipe.perception * (unlike or 0.0)
     if score < state.best_score:
         state.best_score, state.best_error = score, error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .coefficients import APART, multistep_matrix
 from .distill import ridge
 from .schedule import karras, ratio_of, sigma_of
 from .tableau import Tableau, combine, euler_tableau, started_at, with_matrix
@@ -34,23 +35,9 @@ def levels(steps: int, sigma_max: float, flow: bool = False) -> list[list[float]
     return [[min(float(sigma_of(ratio * SPREAD**r, flow)), sigma_of(0.95 * ratio_of(ends[1], flow), flow)) for r in ramp] for ratio in reference]
 
 
-def multistep_row(rows, units: torch.Tensor, sigma, k: int) -> torch.Tensor:
-    """The row after call k of second-order multistep on denoised in λ = −ln σ between the inner σ (DPM++ 2M, Lu et al. 2022, algorithm 2), Euler first
-    and to 0; rows 0 … k are those before, units [·, N] one for each of x_T, D_0 … Differentiable in rows and σ."""
-    ratio, denoised = sigma[k + 1] / sigma[k], units[k + 1]
-    if 0 < k < len(sigma) - 2:
-        over = (sigma[k] / sigma[k + 1]).log() / (sigma[k - 1] / sigma[k]).log() / 2  # 1/(2r)
-        denoised = (1 + over) * units[k + 1] - over * units[k]
-    return ratio * rows[k] + (1 - ratio) * denoised
-
-
 def multistep_tableau(grid: torch.Tensor) -> Tableau:
     """DPM++ 2M on `grid` [K + 1], the last σ 0."""
-    sigma, units = grid.double(), torch.eye(len(grid), dtype=torch.float64)
-    rows = [units[0]]
-    for k in range(len(grid) - 1):
-        rows.append(multistep_row(rows, units, sigma, k))
-    return with_matrix(euler_tableau(grid), torch.stack(rows))
+    return with_matrix(euler_tableau(grid), multistep_matrix(grid[:-1].double(), float(grid[0])))
 
 
 class Plain:
@@ -89,11 +76,13 @@ def student_start(sigma_max: float, told: Sequence[float], mean: torch.Tensor | 
     return started_at(multistep_tableau(torch.tensor([*told, 0.0], dtype=torch.float64)), sigma_max, mean)
 
 
-def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress, analytic: bool = True) -> list[Tableau]:
-    """The best σ to tell, out of LEVELS for each call: all moved together, then one at a time, until that finds nothing better. The first may also be
-    sigma_max, and is unless `analytic`. By the mean error of a picture, as the training; a few hard ones would lead astray. Several plains, one for each cfg
-    value, get one grid: the one with the least product of their errors, so that a cfg with large errors does not decide alone. Last rows solved, for each plain
-    its own."""
+def search_grid(
+    plains: list[Plain], steps: int, sigma_max: float, flow: bool = False, progress=no_progress, analytic: bool = True, rough: bool = False
+) -> list[Tableau]:
+    """The best σ to tell, out of LEVELS for each call: all moved together, then one at a time, until that finds nothing better; `rough`: one round of it, as
+    they are learned on later. The first may also be sigma_max, and is unless `analytic`. By the mean error of a picture, as the training; a few hard ones would
+    lead astray. Several plains, one for each cfg value, get one grid: the one with the least product of their errors, so that a cfg with large
+    errors does not decide alone. Last rows solved, for each plain its own."""
     choices = levels(steps + 1, sigma_max, flow) if analytic else [[], *levels(steps, sigma_max, flow)]
     choices[0].append(sigma_max)
     known: dict[tuple[float, ...], float] = {}
@@ -108,14 +97,15 @@ def search_grid(plains: list[Plain], steps: int, sigma_max: float, flow: bool = 
 
     def allowed(place: tuple[int, ...]) -> bool:
         inside = all(0 <= i < len(values) for i, values in zip(place, choices, strict=True))
-        return inside and all(a > sigma_of(1.05 * ratio_of(b, flow), flow) for a, b in itertools.pairwise(told(place)))
+        return inside and all(a > sigma_of(APART * ratio_of(b, flow), flow) for a, b in itertools.pairwise(told(place)))
 
     best = tuple(len(values) // 2 for values in choices)
     moves = [tuple(int(len(values) > 1) for values in choices), *(tuple(int(i == call) for i in range(steps)) for call in range(steps))]
-    for turn in range(ROUNDS):
+    rounds = 1 if rough else ROUNDS
+    for turn in range(rounds):
         before = best
         for number, move in enumerate(moves):
-            progress("grid", turn * len(moves) + number, ROUNDS * len(moves))
+            progress("grid", turn * len(moves) + number, rounds * len(moves))
             reach = SHIFT if number == 0 else LEVELS
             places = (tuple(i + far * by for i, by in zip(best, move, strict=True)) for far in range(-reach, reach + 1))
             best = min(filter(allowed, places), key=score)

@@ -13,7 +13,7 @@ FREE = "free"
 class Recipe:
     """steps: K, 2..16. solver: a ComfyUI sampler's name.
     denoise: 1 = samplings start from noise; below it, to 0.05, from a picture with noise on it, as KSampler's (image to image): the table is for that alone.
-    grid: a ComfyUI scheduler's name, or "free" = the σ of each call are searched for.
+    grid: a ComfyUI scheduler's name, or "free" = the σ of each call are searched for, with four to seven steps learned where all rows are.
     rows: what of the solver's coefficients is learned: "solver" = nothing, "last" = the row of the end point, "all" = the inner ones as well.
     perception: weight of how unlike the teacher's picture the network itself finds the student's, in the second half of stage B and at any
         cfg but 1, beside the error of the latents (÷ their spread); 0 = none.

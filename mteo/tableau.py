@@ -139,9 +139,9 @@ def started_at(tableau: Tableau, sigma_max: float, mean: torch.Tensor | None = N
 
 
 def execute(tableau: Tableau, denoise, x: torch.Tensor) -> torch.Tensor:
-    """Run the table from x = x_T; denoise(x, call, sigma) -> D. Differentiable."""
+    """Run the table from x = x_T; denoise(x, call, sigma) -> D, sigma a number, or a tensor [] where it is being learned. Differentiable."""
     terms = [tableau.begun(x)]
-    for call, sigma in enumerate(tableau.sigmas.tolist()):
+    for call, sigma in enumerate(tableau.sigmas if tableau.sigmas.requires_grad else tableau.sigmas.tolist()):
         terms.append(denoise(combine(tableau.matrix[call], terms), call, sigma))
     return combine(tableau.matrix[-1], terms)
 

@@ -73,7 +73,10 @@ class DistillEmbeddings(io.ComfyNode):
                     tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings.",
                 ),
                 io.Combo.Input(
-                    "grid", options=[FREE, *comfy.samplers.SCHEDULER_NAMES], default=FREE, tooltip="The schedule of sigmas; free = search the best one first."
+                    "grid",
+                    options=[FREE, *comfy.samplers.SCHEDULER_NAMES],
+                    default=FREE,
+                    tooltip="The schedule of sigmas; free = search the best one first, with four to seven steps learn it with the rest.",
                 ),
                 io.Combo.Input(
                     "budget",

@@ -182,6 +182,28 @@ def test_the_search_finds_nearly_the_best_of_all_grids(analytic):
     assert best <= error(found.sigmas.tolist()) < 1.03 * best
 
 
+@pytest.mark.parametrize("flow", [False, True])
+def test_moved_sigmas_bring_the_rows_of_the_solver_on_them(flow):
+    """None to where x_T is, none past the one before; a first call at x_T's own σ stays."""
+    from mteo.coefficients import SIGMA_UNIT, SIGMAS, corrected
+    from mteo.gridsearch import student_start
+    from mteo.schedule import ratio_of, sigma_of
+
+    top, told = (1.0, [0.9, 0.7, 0.5, 0.2]) if flow else (14.6, [9.0, 4.0, 2.0, 0.5])
+    start, far = student_start(top, told), torch.tensor([-0.3, 0.2, 0.1, -0.4], dtype=torch.float64)
+    same = corrected(start, {SIGMAS: torch.zeros(4)}, flow)
+    assert torch.allclose(same.matrix, start.matrix, rtol=0, atol=1e-15) and torch.allclose(same.sigmas, start.sigmas, rtol=1e-15)
+    moves = (far * 4 / SIGMA_UNIT).requires_grad_(True)
+    own = corrected(start, {SIGMAS: moves}, flow)
+    wanted = [float(sigma_of(ratio_of(torch.tensor(sigma, dtype=torch.float64), flow) * move.exp(), flow)) for sigma, move in zip(told, far, strict=True)]
+    assert own.sigmas.tolist() == pytest.approx(wanted) and own.row_sigmas.tolist() == own.sigmas.tolist()
+    assert torch.allclose(own.matrix, student_start(top, wanted).matrix, atol=1e-12) and float(own.start_sigma) == pytest.approx(top)
+    assert (torch.autograd.grad(own.matrix[-1].square().sum() + own.sigmas.sum(), moves)[0] != 0).all()
+    pushed = corrected(start, {SIGMAS: torch.tensor([9.0, 9.0, 9.0, -1.0])}, flow).sigmas.tolist()
+    assert pushed == sorted(pushed, reverse=True) and top > pushed[0] > pushed[1] > pushed[2] > pushed[3] > 0
+    assert corrected(student_start(top, [top, *told[1:]]), {SIGMAS: torch.full((4,), 0.01)}, flow).sigmas[0] == top
+
+
 def test_offsets_get_a_gradient_and_weights_none():
     network = Network().requires_grad_(False)
     table = {site.path: torch.zeros(3, site.width, requires_grad=True) for site in find_sites(network, "embedding")}

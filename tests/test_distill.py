@@ -60,6 +60,21 @@ def test_what_the_network_sees_counts_in_the_second_half_where_there_is_guidance
     assert told[2]["unlike"] < 0.97 * measured[2]["unlike"] < 0.97 * told[0]["unlike"]
 
 
+def test_the_best_table_is_one_that_the_networks_view_has_trained(parts, monkeypatch):
+    """Even where one from before has the better score, as at a rate that leads astray."""
+    from mteo import distill
+    from mteo.comfyui.training import distill_model
+
+    monkeypatch.setattr(distill, "REACH", float("inf"))
+    recipe = replace(RECIPE, guidance=(4.0,), iterations=4, validate_every=1, rate=0.5)
+    with torch.inference_mode():
+        log = distill_model(*parts, recipe).log
+    score = lambda line: line["mean"] + recipe.perception * line["unlike"]
+    before, after = log[:3], log[3:]
+    assert min(map(score, before)) < min(map(score, after)), "or nothing is tested"
+    assert before[-1]["best"] == min(before, key=score)["held_out"] and after[-1]["best"] == min(after, key=score)["held_out"]
+
+
 def test_the_plain_network_looks_at_pictures_whatever_table_is_on_it(parts):
     """Equal pictures are alike, a blurred one is not; a table on the model changes nothing, and no hook stays."""
     from mteo.comfyui.session import private_copy, run_session, training_mode
@@ -251,6 +266,28 @@ def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
         assert float(own.start_sigma) == pytest.approx(table.sigmas[0], rel=1e-6)
         assert not torch.equal(own.matrix[-2], found.matrix[-2])
         assert own.matrix[1, 2:].abs().max() == 0, "a call must not read what comes after it"
+
+
+def test_from_four_steps_on_the_sigmas_are_learned_too(parts, tmp_path):
+    """Each cfg value's for itself; a sampling tells them, and the rows of the table act there. Nearer than from the same start with its σ held."""
+    from mteo import coefficients, distill
+    from mteo.comfyui.training import distill_model
+    from mteo.embeddings import load_embeddings
+
+    recipe = Recipe(steps=4, iterations=12, batch=8, validate_every=6, pictures=32, held_out=32, teacher_steps=8, guidance=(1.0, 4.0), perception=0.0)
+    with torch.inference_mode():
+        made = distill_model(*parts, recipe, tmp_path / "run")
+    start, table = load_embeddings(tmp_path / "run" / "start.safetensors").tables[4], load_embeddings(tmp_path / "run" / "table.safetensors").tables[4]
+    for own, found in zip(table.learned, start.learned, strict=True):
+        assert own.sigmas.tolist() == own.row_sigmas.tolist() == sorted(own.sigmas.tolist(), reverse=True)
+        assert (own.sigmas / found.sigmas).log().abs().max() > 0.1
+    last = lambda log: {line["cfg"]: line["best"] for line in log}
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "learned_of", lambda *facts: {coefficients.ROWS: coefficients.learned_of(*facts)[coefficients.ROWS]})
+        held = distill_model(*parts, recipe, None)
+    learned, fixed = last(made.log), last(held.log)
+    print(learned, fixed)
+    assert all(learned[cfg] < fixed[cfg] for cfg in recipe.guidance)
 
 
 def test_a_diagnosis_of_too_few_pictures_is_refused(parts):

@@ -166,8 +166,25 @@ def test_with_nothing_learned_a_peer_is_its_solver(session_of, base):
     session_of(work)
 
 
+def test_a_followed_time_is_the_models_own_and_has_the_slope_between_its_steps(session_of):
+    from mteo.comfyui.times import following, time_of
+
+    def work(session):
+        sampling = session.sampling
+        sigma = torch.tensor([3.0], requires_grad=True)
+        with following(sampling, sigma):
+            read = sampling.timestep(sigma)
+        assert float(read) == float(sampling.timestep(sigma.detach())) != float(time_of(sampling, sigma))
+        assert torch.autograd.grad(read, sigma)[0] == torch.autograd.grad(time_of(sampling, sigma), sigma)[0] > 0
+        with following(sampling, 3.0):
+            assert "timestep" not in vars(sampling)
+
+    session_of(work)
+
+
 def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
-    from bench.peers.lab import Lab, telling, time_of
+    from bench.peers.lab import Lab
+    from mteo.comfyui.times import telling, time_of
     from mteo.teacher import Trajectories
 
     def work(session):

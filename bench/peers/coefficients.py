@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mteo.gridsearch import multistep_row
+from mteo.coefficients import multistep_row
 from mteo.schedule import ratio_of, sigma_of
 from mteo.tableau import combine
 from mteo.teacher import Trajectories

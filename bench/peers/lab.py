@@ -1,8 +1,7 @@
 """What every peer trains and samples with: the frozen model, its evaluations counted, and a noise level to be told that is not the input's own."""
-from contextlib import contextmanager
-
 import torch
 
+from mteo.comfyui.times import telling
 from mteo.schedule import HIGHEST, ratio_of, sigma_of
 from mteo.teacher import Trajectories
 
@@ -45,26 +44,3 @@ class Lab:
 def branches(batch: Trajectories) -> int:
     """Network evaluations that one of a picture is: a cfg pair is 2."""
     return 1 if float(batch.guidance[0]) == 1 else 2
-
-
-@contextmanager
-def telling(sampling, told):
-    """Inside, the network reads the time of the noise level `told`; None = of the σ that it is called with."""
-    if told is None:
-        yield
-        return
-    time = time_of(sampling, torch.as_tensor(told))
-    sampling.timestep = lambda sigma: time.to(sigma).expand(len(sigma)) if time.dim() == 0 else time.to(sigma).repeat(len(sigma) // len(time))
-    try:
-        yield
-    finally:
-        del sampling.timestep  # the class's own again
-
-
-def time_of(sampling, sigma: torch.Tensor) -> torch.Tensor:
-    """timestep(σ), between the model's discrete steps too and differentiable: linear in ln σ, as its own inverse `sigma(t)` is."""
-    if not hasattr(sampling, "log_sigmas"):
-        return sampling.timestep(sigma)
-    grid, at = sampling.log_sigmas, sigma.to(sampling.log_sigmas).log()
-    low = (torch.searchsorted(grid, at.detach()) - 1).clamp(0, len(grid) - 2)
-    return (low + (at - grid[low]) / (grid[low + 1] - grid[low])).clamp(0, len(grid) - 1)

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
+from ..coefficients import SOLVERS, corrected, learned_of, moves_sigmas
 from ..diagnose import offsets_share, row_error
-from ..distill import ROWS, corrected, rows_of
 from ..embeddings import Embeddings
 from ..errors import MTEOError
 from ..gridsearch import Plain, no_progress, search_grid
@@ -94,7 +94,7 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
         "with a solved last row": root(row_error(terms, pairs.end, tableau)),
     }
     if free:
-        [tableau] = search_grid([plain], recipe.steps, start, session.flow, progress, recipe.analytic)
+        [tableau] = search_grid([plain], recipe.steps, start, session.flow, progress, recipe.analytic, moves_sigmas(recipe, recipe.steps))
         sigmas = tableau.schedule.float()
         errors["on the searched grid, too"] = root(row_error(plain.terms(tableau), pairs.end, tableau))
     else:
@@ -104,11 +104,11 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
 
 def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs: Trajectories, progress):
     def ends(part: torch.Tensor, learned: dict[str, torch.Tensor]) -> torch.Tensor:
-        patch.offsets.replace({path: value for path, value in learned.items() if path != ROWS})
+        patch.offsets.replace({path: value for path, value in learned.items() if path not in SOLVERS})
         own = pairs.part(part)
-        return execute(corrected(tableau, learned), partial(denoise_of(session, patch.table.alone), batch=own), own.start)
+        return execute(corrected(tableau, learned, session.flow), partial(denoise_of(session, patch.table.alone, tableau), batch=own), own.start)
 
-    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | rows_of(recipe, tableau)
+    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | learned_of(recipe, tableau)
     return offsets_share(ends, zero, pairs.end, progress=progress)
 
 

@@ -67,19 +67,22 @@ class Session:
         """Sampled latents as a LATENT holds them."""
         return self._wrap.inner_model.process_latent_out(x.float()).cpu()
 
-    def denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-        """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]. Rows of one cfg (and, where prompts do not stack, of one prompt) are evaluated
-        together, fewer where the card's memory does not hold them; with a gradient it is the caller who asks for fewer (mteo/gradient.py)."""
+    def denoise(
+        self, x: torch.Tensor, sigma: float | torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, row: float | None = None
+    ) -> torch.Tensor:
+        """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]; `row`: the σ whose row of a table acts, where it is not σ itself. Rows of one cfg
+        (and, where prompts do not stack, of one prompt) are evaluated together, fewer where the card's memory does not hold them; with a gradient it is the
+        caller who asks for fewer (mteo/gradient.py)."""
         while True:
             try:
-                return self._denoise(x, sigma, item, guidance)
+                return self._denoise(x, sigma, item, guidance, row)
             except RuntimeError as error:
                 if not full(error) or torch.is_grad_enabled() or min(len(x), self._together) == 1:
                     raise
             self._together = min(len(x), self._together) // 2
             torch.cuda.empty_cache()
 
-    def _denoise(self, x: torch.Tensor, sigma: float, item: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    def _denoise(self, x: torch.Tensor, sigma: float | torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, row: float | None) -> torch.Tensor:
         keys = list(zip(guidance.tolist(), [0] * len(item) if self._stackable else item.tolist(), strict=True))
         pieces, order = [], []
         groups = ((key, torch.tensor([row for row, it in enumerate(keys) if it == key])) for key in sorted(set(keys)))
@@ -88,8 +91,9 @@ class Session:
             part, items = x[rows], item[own].tolist()
             self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
             self._guider.cfg = key[0]
-            with short_floats(self._computing), told(self._guider, sigma if isinstance(sigma, float) else None):
-                pieces.append(self._wrap(part.to(self._computing), (sigma * part.new_ones(len(part))).to(self._computing), **self._extra).to(x.device))
+            sigmas = (sigma * part.new_ones(len(part))).to(part.dtype).to(self._computing)
+            with short_floats(self._computing), told(self._guider, sigma if row is None and isinstance(sigma, float) else row):
+                pieces.append(self._wrap(part.to(self._computing), sigmas, **self._extra).to(x.device))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
 

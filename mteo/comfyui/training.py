@@ -11,6 +11,7 @@ from pathlib import Path
 import comfy.samplers
 import torch
 
+from ..coefficients import corrected, moves_sigmas
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import FORMAT, Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
@@ -25,6 +26,7 @@ from .conditions import WORDS, content_hash, require_trainable
 from .patch import KEY, apply_embeddings, model_fingerprint
 from .session import Session, private_copy, run_session, training_mode
 from .solver import named_sampler, read_tableau, sampler_name
+from .times import following
 
 CHUNK = 32  # trajectories that are followed and stored together
 SHOWN = 4  # pictures of a preview
@@ -134,12 +136,14 @@ def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torc
     return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets, guided=guided)
 
 
-def denoise_of(session: Session, alone: Sequence[int] = ()):
+def denoise_of(session: Session, alone: Sequence[int] = (), placed: Tableau | None = None):
     """denoise(x, call, sigma, batch) -> D of a solver on the session's model, each picture with its prompt and cfg; the calls `alone` ask for the prompt
-    alone."""
+    alone. placed: the table's solver, by whose σ a call finds its row; None = by the σ that it is told, which is the same but where that is learned."""
 
-    def denoise(x: torch.Tensor, call: int, sigma: float, batch: Trajectories) -> torch.Tensor:
-        return session.denoise(x, sigma, batch.item, torch.ones_like(batch.guidance) if call in alone else batch.guidance)
+    def denoise(x: torch.Tensor, call: int, sigma: float | torch.Tensor, batch: Trajectories) -> torch.Tensor:
+        guidance = torch.ones_like(batch.guidance) if call in alone else batch.guidance
+        with following(session.sampling, sigma):
+            return session.denoise(x, sigma, batch.item, guidance, None if placed is None else float(placed.sigmas[call]))
 
     return denoise
 
@@ -182,7 +186,7 @@ def search_solvers(session: Session, recipe: Recipe, apart: bool, prompts: int, 
         for number, tell in zip(rising, told, strict=True)
     ]
     plains = [Plain(denoise_of(session, recipe.alone), own.part(slice(None))) for own in pairs]
-    search = lambda own, tell: search_grid(own, recipe.steps, start, session.flow, tell, recipe.analytic)
+    search = lambda own, tell: search_grid(own, recipe.steps, start, session.flow, tell, recipe.analytic, apart and moves_sigmas(recipe, recipe.steps))
     return [search([plain], tell)[0] for plain, tell in zip(plains, told, strict=True)] if apart else search(plains, progress)
 
 
@@ -256,7 +260,8 @@ def starts(session: Session, recipe: Recipe, sigma: torch.Tensor, item: torch.Te
 
 def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, store: "RunFolder", progress) -> Table:
     """The patch's table, trained at the recipe's cfg value of that number, which it then is for."""
-    sigmas, total = patch.table.tableau_at(recipe.guidance[number]).schedule.float(), recipe.sequential + recipe.iterations
+    tableau, total = patch.table.tableau_at(recipe.guidance[number]), recipe.sequential + recipe.iterations
+    sigmas = tableau.schedule.float()
     teacher = teacher_tableau(session, refined_of(session, sigmas, recipe.teacher_steps))
     pairs = gather(session, teacher, sigmas, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
     held_out = gather(session, teacher, sigmas, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
@@ -267,7 +272,8 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
         store.write_state(number, state)
         with torch.no_grad():
             one = held_out.part(slice(0, 1))
-            picture = execute(patch.table.tableau_at(recipe.guidance[number]), partial(denoise_of(session, patch.table.alone), batch=one), one.start)
+            student = corrected(tableau, state.offsets, session.flow)
+            picture = execute(student, partial(denoise_of(session, patch.table.alone, tableau), batch=one), one.start)
         progress("training", state.iteration, total, picture=picture, **line)
 
     table = trained(session, patch, recipe, recipe.guidance[number], pairs, held_out, store.read_state(number), told)
@@ -280,8 +286,9 @@ def trained(session: Session, patch, recipe: Recipe, cfg: float, pairs: Trajecto
     patch.at(cfg)
     patch.offsets.replace({path: rows.to(session.device) for path, rows in patch.offsets.table.items()})
     perceive = (lambda x, noise, batch: session.perceived(x, noise, batch.item)) if recipe.perceives(cfg) else None
+    start = patch.table.tableau_at(cfg)
     best, tableau, state = distill(
-        denoise_of(session, patch.table.alone), perceive, patch.offsets.table, patch.table.tableau_at(cfg), pairs, held_out, recipe, state, progress
+        denoise_of(session, patch.table.alone, start), perceive, patch.offsets.table, start, pairs, held_out, recipe, state, progress, session.flow
     )
     return replace(patch.table, guidance=[cfg], offsets={path: as_stored(rows)[None] for path, rows in best.items()},
                    learned=None if recipe.rows == "solver" else [tableau], record=dict(log=[dict(cfg=cfg, **line) for line in state.log]))

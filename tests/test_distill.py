@@ -268,7 +268,7 @@ def test_a_searched_grid_with_all_rows_trains_too(parts, tmp_path):
         assert own.matrix[1, 2:].abs().max() == 0, "a call must not read what comes after it"
 
 
-def test_from_four_steps_on_the_sigmas_are_learned_too(parts, tmp_path):
+def test_with_four_steps_the_sigmas_are_learned_too(parts, tmp_path):
     """Each cfg value's for itself; a sampling tells them, and the rows of the table act there. Nearer than from the same start with its σ held."""
     from mteo import coefficients, distill
     from mteo.comfyui.training import distill_model
@@ -286,7 +286,6 @@ def test_from_four_steps_on_the_sigmas_are_learned_too(parts, tmp_path):
         patch.setattr(distill, "learned_of", lambda *facts: {coefficients.ROWS: coefficients.learned_of(*facts)[coefficients.ROWS]})
         held = distill_model(*parts, recipe, None)
     learned, fixed = last(made.log), last(held.log)
-    print(learned, fixed)
     assert all(learned[cfg] < fixed[cfg] for cfg in recipe.guidance)
 
 

@@ -13,12 +13,13 @@ import torch
 
 from .coefficients import QUICK, ROWS, SIGMAS, SOLVERS, corrected, learned_of, row_units
 from .errors import MTEOError
-from .gradient import Room, gradient_of
+from .gradient import Room, fitted, gradient_of
 from .perception import unlikeness
 from .recipe import Recipe
 from .tableau import Tableau, combine, execute
 from .teacher import Trajectories
 
+SEEN = 8  # pictures that the network's view is asked of at once outside a training step, at most: what its blocks put out is large
 LATE = 0.5  # the part of stage B, at its end, in which the network's own view counts
 SOLVED = 128  # training pairs that the last row is solved on, and the rates found, before training
 REACH = 0.15  # the part of the loss that a first step takes away at most, to first order: beyond it the network's answer is not linear in the offsets
@@ -105,7 +106,7 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
     late = math.ceil(max(total - LATE * recipe.iterations, recipe.sequential))
     load(parameters, state.offsets)
     if not state.best_offsets:
-        line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe)  # zero offsets: the plain model
+        line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe, room)  # zero offsets: the plain model
         if recipe.rows != "solver":
             change = solved_row(denoise, tableau, train.part(slice(0, SOLVED))) - tableau.matrix[-1]
             for values in (state.offsets, state.averaged):
@@ -135,7 +136,7 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
         state.generator = generator.get_state()
         line = None
         if state.iteration % recipe.validate_every == 0 or state.iteration == total:
-            line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe, float(loss))
+            line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe, room, float(loss))
         if progress is not None:
             progress(state, line)
     load(parameters, state.best_offsets)
@@ -225,23 +226,27 @@ def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -
 
 
 @torch.no_grad()
-def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, batch: int = 64) -> tuple[torch.Tensor, float | None]:
-    """(RMSE of each picture ÷ std of the teacher's end points, how unlike them the network finds the student's; None without `perceive`)."""
+def evaluate(denoise, perceive, tableau: Tableau, pairs: Trajectories, together: int, batch: int = 64) -> tuple[torch.Tensor, float | None]:
+    """(RMSE of each picture ÷ std of the teacher's end points, how unlike them the network finds the student's, asked of `together` at once; None without
+    `perceive`)."""
     errors, unlike, generator = [], 0.0, torch.Generator().manual_seed(0)
     for part in (pairs.part(slice(begin, begin + batch)) for begin in range(0, len(pairs), batch)):
         end = execute(tableau, partial(denoise, batch=part), part.start)
         errors.append((end - part.end).cpu().double().flatten(1).square().mean(1).sqrt())
         if perceive:
-            unlike += len(part) * float(seen_apart(perceive, end, part, torch.randn(end.shape, generator=generator).to(end.device)))
+            noise = torch.randn(end.shape, generator=generator).to(end.device)
+            for rows in (slice(begin, begin + together) for begin in range(0, len(part), together)):
+                few = part.part(rows)
+                unlike += len(few) * float(seen_apart(perceive, end[rows], few, noise[rows]))
     return torch.cat(errors) / float(pairs.end.cpu().double().std()), unlike / len(pairs) if perceive else None
 
 
-def keep_best(state: State, parameters, solver, denoise, perceive, validation, recipe: Recipe, loss=None) -> dict:
+def keep_best(state: State, parameters, solver, denoise, perceive, validation, recipe: Recipe, room: Room, loss=None) -> dict:
     """Validate the averaged offsets; keep them if they are the best so far, by what the training makes small: a few hard pictures rule the pooled error, which
     is what is told."""
     load(parameters, state.averaged if state.iteration else state.offsets)
     with torch.no_grad():
-        errors, unlike = evaluate(denoise, perceive, solver(parameters), validation)
+        errors, unlike = fitted(room, lambda: evaluate(denoise, perceive, solver(parameters), validation, min(SEEN, room.together)))
     error, score = float(errors.square().mean().sqrt()), float(errors.mean()) + recipe.perception * (unlike or 0.0)
     if score < state.best_score:
         state.best_score, state.best_error = score, error

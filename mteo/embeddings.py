@@ -147,7 +147,8 @@ def load_embeddings(path: Path) -> Embeddings:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # not the file's own memory: it may be replaced while they are in use
+            names = file.keys() if header.get("mteo.format") == str(FORMAT) else ()  # a checkpoint that lies here is not read
+            tensors = {name: file.get_tensor(name).clone() for name in names}  # not the file's own memory: it may be replaced while they are in use
     except (SafetensorError, OSError) as error:
         raise wrong(f"cannot be read, it is cut off or no safetensors file ({error}): download it again") from error
     if "mteo.format" not in header:

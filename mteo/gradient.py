@@ -35,9 +35,14 @@ class Room:
 def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(loss, its gradient for each parameter) of loss_of(rows, denoise) -> mean over the pictures `rows`, a slice of the batch. `room` shrinks where it has to,
     and stays so."""
+    return fitted(room, lambda: in_room(loss_of, denoise, batch, parameters, room))
+
+
+def fitted(room: Room, work):
+    """work(), again with less room as long as the memory is full."""
     while True:
         try:
-            return in_room(loss_of, denoise, batch, parameters, room)
+            return work()
         except RuntimeError as error:
             if not full(error):
                 raise  # else go on below: its traceback holds what was computed until here

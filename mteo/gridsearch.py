@@ -17,7 +17,7 @@ from .teacher import Trajectories
 LEVELS, ROUNDS = 12, 3  # σ that each call may be told; how often each is looked for, at most
 SHIFT = 4  # levels that all of them are moved together, at most
 SPREAD = 4.0  # they span the reference grid's noise ÷ signal ÷ SPREAD … × SPREAD
-TOP, BOTTOM = 20.0, 0.1  # noise ÷ signal at the ends of the reference grid, at most and at least
+TOP, BOTTOM = 20.0, 0.1  # noise ÷ signal at the ends of the reference grid, at most; where the start is below 1, the lower end is that share of it
 SEARCHED = 64  # pairs that a search looks at
 KEPT = 64  # calls that are remembered
 
@@ -29,7 +29,8 @@ def no_progress(stage: str, done: int, total: int, **facts) -> None:
 
 def levels(steps: int, sigma_max: float, flow: bool = False) -> list[list[float]]:
     """LEVELS values for each inner step, geometric in noise ÷ signal around a Karras-like grid of ρ = 2 (between sgm_uniform and Karras)."""
-    ends = sigma_of(BOTTOM, flow), min(sigma_of(TOP, flow), sigma_max)
+    start = ratio_of(min(sigma_max, sigma_of(1.0, flow)), flow)  # at most 1
+    ends = sigma_of(BOTTOM * start, flow), min(sigma_of(TOP, flow), sigma_max)
     reference = ratio_of(karras(steps + 1, *ends, rho=2.0, flow=flow)[1:-2], flow).tolist()
     ramp = torch.linspace(-1, 1, LEVELS, dtype=torch.float64)
     return [[min(float(sigma_of(ratio * SPREAD**r, flow)), sigma_of(0.95 * ratio_of(ends[1], flow), flow)) for r in ramp] for ratio in reference]

@@ -7,10 +7,10 @@ import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy_api.latest import io
 
+from ..mteo.comfyui.previews import previewer, rough
 from ..mteo.comfyui.sampling import samples_for
 from ..mteo.comfyui.training import distill_model, facts_of
 from ..mteo.guided import ALL
@@ -70,7 +70,8 @@ class DistillEmbeddings(io.ComfyNode):
                     "solver",
                     options=SOLVERS,
                     default="euler",
-                    tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings.",
+                    tooltip="The ODE solver that the steps start from; its coefficients are learned beside the embeddings. With grid = free and one "
+                    "evaluation a step (all but heun) they start from what the search finds, and this is only the solver that strength 0 stands for.",
                 ),
                 io.Combo.Input(
                     "grid",
@@ -137,29 +138,23 @@ def run_folder(steps: int, facts: dict) -> Path:
     return Path(folder_paths.get_output_directory()) / "mteo" / f"{steps}steps-{name}"
 
 
-def rough(model):
-    """The latent format's linear previewer."""
-    latent_format = model.model.latent_format
-    return latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias, latent_format.latent_rgb_factors_reshape)
-
-
 def pictures_of(model, latents, vae):
     """IMAGE [N, H, W, 3] of LATENT values: by the VAE, or the rough preview."""
     if vae is not None:
         return vae.decode(latents)
-    inner = model.model.process_latent_in(latents)
-    return torch.cat([as_image(rough(model).decode_latent_to_preview(inner[i : i + 1])) for i in range(len(inner))])
+    inner, own = model.model.process_latent_in(latents), previewer(model)
+    return torch.cat([as_image(rough(own, one)) for one in inner.split(1)])
 
 
 class Progress:
     """Told at every chunk and step: moves the bar, shows what the student makes, lets a cancel through."""
 
     def __init__(self, model):
-        self.bar, self.previewer = comfy.utils.ProgressBar(BAR), rough(model)
+        self.bar, self.previewer = comfy.utils.ProgressBar(BAR), previewer(model)
 
     def __call__(self, stage: str, done: int, total: int, part=(0, 1), picture=None, **facts):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        preview = None if picture is None else ("JPEG", self.previewer.decode_latent_to_preview(picture.float().cpu()), 512)
+        preview = None if picture is None else ("JPEG", rough(self.previewer, picture), 512)
         share = done / max(total, 1)
         if stage in STAGES:
             low, high = STAGES[stage]

@@ -83,6 +83,30 @@ def test_the_table_of_a_sampler_is_the_sampler(request, objects, name):
         assert apart(told) < max(brighter, 5e-5)  # the network enlarges float32's rounding, by how much goes with the processor
 
 
+def test_a_sampler_that_writes_into_its_sigmas_can_be_queued_again(comfy_objects):
+    """UniPC sets the last one to .001; a graph keeps the SIGMAS of Apply MTEO [5]."""
+    import comfy.samplers
+
+    from mteo.comfyui.patch import apply_embeddings
+
+    model, _, positive, negative = comfy_objects
+    with torch.inference_mode():
+        sampler, sigmas = comfy.samplers.sampler_object("uni_pc"), grid(model)
+        patched, _ = apply_embeddings(model, zero_embeddings(model, sampler, sigmas, fill=0.1))
+        first, again = (sample(patched, positive, negative, sampler, sigmas) for _ in range(2))
+        assert torch.equal(first, again) and sigmas[-1] == 0
+
+
+def test_a_teacher_of_many_steps_is_read(comfy_objects):
+    import comfy.samplers
+
+    from mteo.comfyui.solver import read_tableau
+    from mteo.schedule import karras
+
+    sampler, sampling = comfy.samplers.sampler_object("dpmpp_2m"), comfy_objects[0].get_model_object("model_sampling")
+    assert len(read_tableau(sampler, karras(200, 0.03, 14.6), sampling).sigmas) == 200
+
+
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_sde", "dpm_adaptive", "dpmpp_2m_cfg_pp", "euler_cfg_pp", "lcm"])
 def test_samplers_that_are_no_ode_solvers_are_refused_by_name(comfy_objects, name):
     import comfy.samplers

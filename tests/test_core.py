@@ -183,6 +183,20 @@ def test_the_search_finds_nearly_the_best_of_all_grids(analytic):
 
 
 @pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("start", [0.05, 0.1, 0.3, 0.8])
+def test_any_number_of_steps_is_searched_from_any_start(flow, start):
+    """Image to image with a low denoise leaves little room for many calls."""
+    from mteo.gridsearch import Plain, search_grid
+    from mteo.teacher import Trajectories
+
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    plain = Plain(lambda y, call, sigma, batch: y / (1 + sigma), Trajectories(x, x[:, None][:, :0], 0.9 * x, torch.zeros(4, dtype=torch.long), torch.ones(4)))
+    for steps in (2, 3, 9, 16):
+        [found] = search_grid([plain], steps, start, flow, analytic=False, rough=True)
+        assert float(found.sigmas[0]) == start and len(found.sigmas) == steps and (found.schedule.diff() < 0).all() and found.matrix.isfinite().all()
+
+
+@pytest.mark.parametrize("flow", [False, True])
 def test_moved_sigmas_bring_the_rows_of_the_solver_on_them(flow):
     """None to where x_T is, none past the one before; a first call at x_T's own σ stays."""
     from mteo.coefficients import SIGMA_UNIT, SIGMAS, corrected

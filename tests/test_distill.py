@@ -196,6 +196,22 @@ def test_a_run_folder_belongs_to_the_very_model(parts):
         assert facts(apply_embeddings(model, table)[0]) == seen[0]
 
 
+def test_a_compiled_model_is_distilled_as_the_model_is(parts):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    from mteo.comfyui.training import distill_model
+    from mteo.recipe import Recipe
+
+    model, *rest = parts
+    recipe = Recipe(grid="karras", pictures=4, held_out=2, teacher_steps=4, iterations=1, batch=4, validate_every=1)
+    with torch.inference_mode():
+        compiled = model.clone()
+        set_torch_compile_wrapper(model=compiled, backend="eager")
+        own, plain = (distill_model(one, *rest, recipe).embeddings.tables[3] for one in (compiled, model))
+    assert all(torch.equal(rows, plain.offsets[site]) for site, rows in own.offsets.items()) and any(rows.any() for rows in own.offsets.values())
+    assert "torch_compile_kwargs" in compiled.model_options and "torch.compile" in compiled.wrappers["apply_model"]
+
+
 def test_a_damaged_store_is_made_anew(distilled, parts, tmp_path):
     """A chunk that a power cut left empty."""
     from mteo.teacher import load_trajectories

@@ -102,9 +102,10 @@ def test_the_reference_networks_evaluations_can_be_made_twice(kind, comfyui_root
 
 
 def test_the_teacher_takes_fewer_pictures_where_the_card_is_full(comfyui_root):
-    from bench.parts import parts
+    from bench.parts import parts, untrained
+    from mteo.recipe import Recipe
 
-    own, sizes = parts(1, 5, False), []
+    own, sizes, near = parts(1, 5, False), [], lambda few, whole: few.allclose(whole, atol=0.05 * float(whole.abs().max()))
 
     def pairs(most):
         def work(session):
@@ -112,18 +113,22 @@ def test_the_teacher_takes_fewer_pictures_where_the_card_is_full(comfyui_root):
 
             def full(x, sigma, **extra):
                 sizes.append(len(x))
-                if len(x) > most:
+                answer = wrap(x, sigma, **extra)
+                if len(x) > most:  # at its end, when all blocks have put something out
                     raise torch.cuda.OutOfMemoryError("full")
-                return wrap(x, sigma, **extra)
+                return answer
 
             session._wrap = full
-            x = torch.randn(5, *session.latent.shape[1:], generator=torch.Generator().manual_seed(0))
+            x, noise = torch.randn(2, 5, *session.latent.shape[1:], generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
-                return session.denoise(x, 1.0, torch.arange(5), torch.ones(5, dtype=torch.float64))
+                answer = session.denoise(x, 1.0, torch.arange(5), torch.ones(5, dtype=torch.float64))
+                session._together = 5
+                return answer, session.perceived(x, noise, torch.arange(5))
 
-        return own.session(work)
+        return own.session(work, untrained(own, Recipe(), TABLEAU))
 
-    whole, few = pairs(5), pairs(2)
-    assert sizes == [5, 5, 2, 2, 1] and few.allclose(whole, atol=0.05 * float(whole.abs().max()))
+    (whole, seen), (few, parts_seen) = pairs(5), pairs(2)
+    assert sizes == [5, 5, *[5, 2, 2, 1] * 2] and near(few, whole)
+    assert len(seen) == len(parts_seen) == 12 and all(near(a, b) for a, b in zip(parts_seen, seen, strict=True))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         pairs(0)

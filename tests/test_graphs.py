@@ -145,6 +145,43 @@ def test_a_run_knows_the_model_that_it_is_of(parts, transformer_parts, no_gradie
     assert one != six
 
 
+def test_a_run_knows_what_patches_the_model(parts, transformer_parts, no_gradients):
+    """Numbers that ComfyUI's patches keep in containers and objects make another table; what a patch keeps while it works does not."""
+    import comfy.clip_vision
+    import comfy.sample
+    from comfy_extras.nodes_easycache import EasyCacheNode
+    from comfy_extras.nodes_freelunch import FreeU
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    from mteo.comfyui.training import facts_of
+    from mteo.recipe import Recipe
+    from nodes import unCLIPConditioning
+
+    def facts(model, of=parts, positives=None):
+        return json.dumps(facts_of(model, positives or of[1], *of[2:], Recipe()), sort_keys=True)
+
+    (model, positives, negative, empty), flow = parts, transformer_parts[0]
+
+    def seen(vision: float) -> list:
+        image = comfy.clip_vision.Output()
+        image.image_embeds = torch.full((1, 4), vision)
+        return [unCLIPConditioning().apply_adm(positive, image, 1.0, 0.0)[0] for positive in positives]
+
+    for of in (
+        lambda value: facts(FreeU.execute(model, 1 + value, 1.2, 0.9, 0.2)[0]),
+        lambda value: facts(EasyCacheNode.execute(model, value, 0.15, 0.95, False)[0]),
+        lambda value: facts(SkipLayerGuidanceDiT.execute(flow, 3.0, 0.01, 0.15, double_layers=f"{value / 0.1:.0f}", single_layers="")[0], transformer_parts),
+        lambda value: facts(model, positives=seen(value)),
+    ):
+        assert of(0.1) == of(0.1) != of(0.2) != facts(model)
+    for used in (TomePatchModel.execute(model, 0.3)[0], SelfAttentionGuidance.execute(model, 0.5, 2.0)[0]):
+        before, noise = facts(used), torch.randn(empty.shape, generator=torch.Generator().manual_seed(0))
+        comfy.sample.sample_custom(used, noise, 4.0, comfy.samplers.sampler_object("euler"), torch.tensor([14.6, 2.0, 0.0]), positives[0], negative, empty)
+        assert facts(used) == before != facts(model)
+
+
 def test_a_training_takes_the_table_off_and_refuses_a_controlnet(parts, no_gradients):
     from mteo.comfyui.patch import KEY, apply_embeddings
     from mteo.comfyui.session import private_copy

@@ -96,6 +96,9 @@ def test_bad_input_gets_one_sentence(done, tmp_path):
     cut.write_bytes(table.read_bytes()[:-50])
     (tmp_path / "wrong.toml").write_text(CONFIG.replace("pictures", "pictured"), encoding="utf-8-sig")  # as Windows' Notepad does
     (tmp_path / "ansi.txt").write_bytes("Bär".encode("cp1252"))
+    (tmp_path / "words.txt").write_text("cat")
+    (tmp_path / "kinds.toml").write_text("prompts = [1]")
+    (tmp_path / "section.toml").write_text('recipe = 1\nprompts = ["cat"]')
     cases = [
         (("inspect", cut), "cut.safetensors cannot be read"),
         (("sample", table, "cat", "--steps", 5, "--width", 64, "--height", 64), "no table for 5 steps: they hold 3"),
@@ -105,6 +108,12 @@ def test_bad_input_gets_one_sentence(done, tmp_path):
         (("distill", "--prompts", tmp_path / "ansi.txt"), "ansi.txt is not UTF-8 text"),
         (("sample", table, "cat", "--image", cut, "--width", 64, "--height", 64), "cut.safetensors cannot be read"),
         (("distill", done[0] / "run.toml", "--folder", done[0] / "run", "--seed", 5), "belongs to a run with another recipe"),
+        (("sample", table, "cat", "--out", tmp_path / "cat"), "cat is no name of a picture file"),
+        (("distill", "--prompts", tmp_path / "words.txt", "--width", 0), "width is '0': give a whole number of pixels, 64 or more"),
+        (("distill", tmp_path / "kinds.toml"), "prompts: give a list of texts"),
+        (("distill", tmp_path / "section.toml"), "make it a section, [recipe]"),
+        (("diagnose", done[0] / "run.toml", "--denoise", 0.6, "--table", table), "The table starts at sigma 14.61, the recipe at"),
+        (("distill", "--prompts", tmp_path / "words.txt", "--model", table), "table.safetensors is no checkpoint with a network and a VAE"),
     ]
     for arguments, sentence in cases:
         told = trainer(*arguments)

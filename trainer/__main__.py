@@ -24,6 +24,9 @@ def main() -> int:
     except MTEOError as error:
         print(f"mteo: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nmteo: stopped; the same command goes on from here where there is a run folder.", file=sys.stderr)
+        return 130
     return 0
 
 

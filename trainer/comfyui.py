@@ -21,7 +21,8 @@ def open_comfyui(root: Path) -> None:
     """Import ComfyUI from `root`, which goes before everything on sys.path: this pack's `nodes` would hide ComfyUI's nodes.py [20]."""
     sys.path.insert(0, str(root))
     sys.modules.pop("nodes", None)
-    own, sys.argv = sys.argv, [sys.argv[0], *([] if torch.cuda.is_available() else ["--cpu"])]
+    card = torch.cuda.is_available() or torch.backends.mps.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+    own, sys.argv = sys.argv, [sys.argv[0], *([] if card else ["--cpu"])]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -31,7 +32,7 @@ def open_comfyui(root: Path) -> None:
 
 
 def load(model: str):
-    """(MODEL, CLIP, VAE) of a reference model of the pack or of a checkpoint file."""
+    """(MODEL, CLIP, VAE) of a reference model of the pack or of a checkpoint file; MTEOError where that lacks one of them."""
     if model in REFERENCE:
         from reference.objects import make_clip, make_model, make_vae
 
@@ -40,7 +41,15 @@ def load(model: str):
         raise MTEOError(f"The model {model} is not there: give a checkpoint file, or {' or '.join(REFERENCE)} for a model of the pack.")
     import comfy.sd
 
-    return comfy.sd.load_checkpoint_guess_config(model)[:3]
+    try:
+        made, clip, vae = comfy.sd.load_checkpoint_guess_config(model)[:3]
+        vae.throw_exception_if_invalid()
+    except Exception as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise MTEOError(f"{Path(model).name} is no checkpoint with a network and a VAE that ComfyUI knows ({why}).") from error
+    if clip is None:
+        raise MTEOError(f"{Path(model).name} has no text encoder: give a checkpoint with it, or distil in a graph, whose loaders put the parts together.")
+    return made, clip, vae
 
 
 def encode(clip, text: str):

@@ -38,6 +38,8 @@ def read_run(options: argparse.Namespace) -> Run:
     for name in values:
         if name not in known:
             raise MTEOError(f"The run has no setting {name!r}: it knows {', '.join(known)} and a section [recipe].")
+    if not isinstance(recipe, dict):
+        raise MTEOError(f"recipe is {recipe!r}: make it a section, [recipe], with its settings below.")
     for name, given in vars(options).items():
         if given is not None and name.startswith("recipe."):
             recipe[name.removeprefix("recipe.")] = number(given)
@@ -45,6 +47,9 @@ def read_run(options: argparse.Namespace) -> Run:
             values[name] = given
     if isinstance(recipe.get("guidance"), (int, float)):
         recipe["guidance"] = [recipe["guidance"]]
+    for name in ("model", "negative", "folder"):
+        if not isinstance(values.get(name, ""), (str, Path)):
+            raise MTEOError(f"{name} is {values[name]!r}: give text.")
     values["prompts"] = read_prompts(values.get("prompts", []), Path(options.config).parent if options.config else Path())
     values |= {name: whole(name, values[name]) for name in ("width", "height") if name in values}
     values["folder"] = Path(values.get("folder", Run.folder))
@@ -74,8 +79,8 @@ def read_prompts(given, beside: Path) -> list[str]:
         if path is None:
             raise MTEOError(f"The prompts file {given} is not there: give a text file with one prompt a line.")
         given = [line.strip() for line in text_of(path).splitlines() if line.strip()]
-    if not given:
-        raise MTEOError("No prompts: give a list or a text file with one prompt a line.")
+    if not given or not isinstance(given, list) or not all(isinstance(prompt, str) for prompt in given):
+        raise MTEOError("No prompts: give a list of texts or a text file with one prompt a line.")
     return given
 
 
@@ -101,6 +106,8 @@ def number(text: str):
 
 def whole(name: str, value) -> int:
     try:
-        return int(value)
+        if (pixels := int(value)) >= 64:
+            return pixels
     except (TypeError, ValueError):
-        raise MTEOError(f"{name} is {value!r}: give a whole number of pixels.") from None
+        pass
+    raise MTEOError(f"{name} is {value!r}: give a whole number of pixels, 64 or more.")

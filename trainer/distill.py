@@ -18,6 +18,7 @@ def distill_run(told: Run):
     """Distil as told; the result with its sheet's pictures {label: IMAGE}."""
     import torch
 
+    from mteo.comfyui.previews import previewer, rough
     from mteo.comfyui.training import distill_model
     from mteo.sheet import sheet
 
@@ -27,8 +28,7 @@ def distill_run(told: Run):
 
         def show(number, iteration, picture):
             (told.folder / "previews").mkdir(exist_ok=True)
-            latent = model.model.process_latent_out(picture.detach().float().cpu())
-            sheet({"": vae.decode(latent)}).save(told.folder / "previews" / f"{number}-{iteration:06}.png")
+            rough(previewer(model), picture).resize((told.width, told.height)).save(told.folder / "previews" / f"{number}-{iteration:06}.png")
 
         bars = Bars(show)
         try:

@@ -1,6 +1,10 @@
 """Sample pictures with a table, through the same function as MTEO KSampler."""
 from pathlib import Path
 
+from PIL import Image
+
+from mteo.errors import MTEOError
+
 from .comfyui import empty_latent, encode, encode_image, find_root, load, open_comfyui
 
 
@@ -21,6 +25,9 @@ def add_flags(parser) -> None:
 
 
 def run(options) -> None:
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        raise MTEOError(f"{options.out} is no name of a picture file: let it end on .png or .jpg.")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     open_comfyui(find_root(options.comfyui))
     import torch
 

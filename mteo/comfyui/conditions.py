@@ -1,5 +1,7 @@
 """Conditionings for training: as normal tensors, told apart by content, and stacked so that one batch mixes prompts."""
 import hashlib
+from functools import partial
+from operator import itemgetter
 from types import CellType
 
 import torch
@@ -24,41 +26,56 @@ def require_trainable(conditionings: list) -> None:
         raise MTEOError("A conditioning has a ControlNet, through which no table can be trained: distil without it. In sampling it goes with any table.")
 
 
-# By these one LoRA, or hook in a conditioning, is not another.
+# By these one LoRA, or hook in a conditioning, is not another, also where another object holds it.
 TELLING = ("hooks", "weights", "_strength_model", "hook_keyframe", "keyframes", "strength", "start_percent", "guarantee_steps")
-
-
 WORDS = (str, int, float, bool, type(None))
+NAMES = (*WORDS, tuple)
 
 
 def content_hash(value) -> str:
-    """sha256 over the numbers and words of a conditioning, or of a MODEL's patches or options; functions count by their name and the
-    numbers and words that they close over, objects of other kinds by their type's name and what is TELLING."""
+    """sha256 over the numbers and words of a conditioning, or of a MODEL's patches or options. Functions count by their name, the numbers and words that they
+    close over, and the object that they are a method of; an object by its type's name, what is TELLING and the tensors, numbers and words that it holds, or
+    where another object holds it by the first two. None counts as nothing: a patch that is used may keep something in its place."""
     digest = hashlib.sha256()
 
-    def feed(item):
+    def feed(item, held=False):
         if torch.is_tensor(item):
             digest.update(str((item.dtype, tuple(item.shape))).encode())
             digest.update(item.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(item, dict):
-            for key in sorted(item, key=str):
-                digest.update(str(key).encode())
-                feed(item[key])
+            for name, part in sorted(((str(key) if isinstance(key, NAMES) else type(key).__name__, part) for key, part in item.items()), key=itemgetter(0)):
+                digest.update(name.encode())
+                feed(part, held)
         elif isinstance(item, (list, tuple)):
             digest.update(f"[{len(item)}".encode())
             for part in item:
-                feed(part)
+                feed(part, held)
         elif isinstance(item, WORDS):
             digest.update(repr(item).encode())
+        elif isinstance(item, partial):
+            feed([item.func, item.args, item.keywords], held)
         elif hasattr(item, "__code__"):
             digest.update(item.__qualname__.encode())
-            feed([cell.cell_contents for cell in item.__closure__ or () if cell != CellType() and isinstance(cell.cell_contents, WORDS)])
+            feed([words_of(cell.cell_contents) for cell in item.__closure__ or () if cell != CellType()])
+            feed(getattr(item, "__self__", None), held)
         else:
             digest.update(type(item).__name__.encode())
-            feed({name: value for name, value in getattr(item, "__dict__", {}).items() if name in TELLING})
+            own = getattr(item, "__dict__", {})
+            feed({name: value for name, value in own.items() if name in TELLING}, held=True)
+            if not held and not isinstance(item, torch.nn.Module):
+                feed({name: words_of(value, torch.Tensor) for name, value in own.items() if name not in TELLING})
 
     feed(value)
     return digest.hexdigest()
+
+
+def words_of(value, *also: type):
+    """`value` with None in place of all in it that is no number, word or one of the types `also`."""
+    if isinstance(value, dict):
+        return {key: words_of(item, *also) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [words_of(item, *also) for item in value]
+    return value if isinstance(value, (*WORDS, *also)) else None
 
 
 # What an entry may hold beside its encoded `model_conds` and still be stacked: inputs of that encoding, nothing that acts by itself.

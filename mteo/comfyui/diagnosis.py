@@ -6,14 +6,16 @@ import torch
 
 from ..coefficients import SOLVERS, corrected, learned_of, moves_sigmas
 from ..diagnose import offsets_share, row_error
-from ..embeddings import Embeddings
+from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
 from ..gridsearch import Plain, no_progress, search_grid
 from ..metrics import by_frequency, nrmse
 from ..recipe import FREE, Recipe
+from ..schedule import SAME_SIGMA
 from ..tableau import Tableau, combine, execute
 from ..teacher import Trajectories, follow
 from .conditions import require_trainable
+from .patch import choose_table
 from .session import Session, private_copy, run_session, training_mode
 from .solver import named_sampler, read_tableau
 from .training import SEARCH, denoise_of, gather, named_grid, refined_of, start_sigma, teacher_sigmas, teacher_tableau, untrained_table, with_table
@@ -50,6 +52,8 @@ def diagnose_model(
     if pictures < 4:
         raise MTEOError(f"trajectories is {pictures}: give 4 or more, as shares are found on one half of them and counted on the other.")
     require_trainable([*positives, negative])
+    if embeddings is not None:
+        require_start(choose_table(embeddings, recipe.steps), start_sigma(model.get_model_object("model_sampling"), recipe))
     found = []
     with training_mode():
         private = private_copy(model)
@@ -72,6 +76,12 @@ def diagnose_model(
                 diagnosis.achieved = 1 - (diagnosis.table / last) ** 2
             found.append(diagnosis)
     return found
+
+
+def require_start(table: Table, start: float) -> None:
+    """MTEOError where the table's samplings start at another σ than the recipe's."""
+    if abs(table.sigmas[0] / start - 1) > SAME_SIGMA:
+        raise MTEOError(f"The table starts at sigma {table.sigmas[0]:.4g}, the recipe at {start:.4g}: give the denoise that the table was made with.")
 
 
 @torch.no_grad()

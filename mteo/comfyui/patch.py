@@ -171,7 +171,7 @@ class Patch:
                 require_timesteps(self.table, sampling)
                 require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
                 self.passed = asked
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas.clone(), *args, **kwargs)  # uni_pc writes into what it is given [5]
 
 
 def windows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,7 @@ import torch
 
 from ..embeddings import Embeddings
 from ..errors import MTEOError
-from ..schedule import SAME_SIGMA
-from .patch import apply_embeddings
+from .patch import apply_embeddings, choose_table
 from .solver import table_sampler
 
 
@@ -54,7 +53,7 @@ def sample_latent(
     if not 0 <= start_step < min(end_step, total):
         raise MTEOError(f"start_step is {start_step}: give a step from 0 to {min(end_step, total) - 1}, below end_step.")
     samples = samples_for(model, latent)
-    if sigmas[0] < (1 - SAME_SIGMA) * float(model.get_model_object("model_sampling").sigma_max) and not samples.any():
+    if choose_table(embeddings, steps).record.get("recipe", {}).get("denoise", 1) < 1 and not samples.any():
         raise MTEOError("This table starts from a picture, but latent_image is empty: connect the latent of a picture, as VAE Encode gives it.")
     sigmas = sigmas[start_step : end_step + 1]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples, device="cpu")

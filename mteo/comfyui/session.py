@@ -14,6 +14,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
@@ -22,7 +23,7 @@ from ..perception import NOISE, watched
 from ..precision import multiplies_bfloat16
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
-from .patch import remove_embeddings
+from .patch import KEPT, remove_embeddings
 from .solver import KEY, told
 
 
@@ -68,17 +69,18 @@ class Session:
         return self._wrap.inner_model.process_latent_out(x.float()).cpu()
 
     def denoise(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, row: float | None = None
+        self, x: torch.Tensor, sigma: float | torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, row: float | None = None, forget=lambda: None
     ) -> torch.Tensor:
         """D(x; σ) [B, …]: row b with prompt item[b] and cfg guidance[b]; `row`: the σ whose row of a table acts, where it is not σ itself. Rows of one cfg
         (and, where prompts do not stack, of one prompt) are evaluated together, fewer where the card's memory does not hold them; with a gradient it is the
-        caller who asks for fewer (mteo/gradient.py)."""
+        caller who asks for fewer (mteo/gradient.py). forget() is called before what was evaluated is evaluated anew."""
         while True:
             try:
                 return self._denoise(x, sigma, item, guidance, row)
             except RuntimeError as error:
                 if not full(error) or torch.is_grad_enabled() or min(len(x), self._together) == 1:
                     raise
+            forget()
             self._together = min(len(x), self._together) // 2
             torch.cuda.empty_cache()
 
@@ -98,16 +100,17 @@ class Session:
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
 
     def perceived(self, x: torch.Tensor, noise: torch.Tensor, item: torch.Tensor) -> list[torch.Tensor]:
-        """What the blocks of the plain network put out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
+        """What each block of the plain network puts out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
         sigma = sigma_of(NOISE, self.flow)
         noised = self.sampling.noise_scaling(torch.tensor(sigma, device=x.device), noise, x)
         strength, self.patch.offsets.scale = self.patch.offsets.scale, 0.0
         try:
             with watched(self.network) as seen:
-                self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64))
+                forget = lambda: [own.clear() for own in seen.values()]
+                self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64), forget=forget)
         finally:
             self.patch.offsets.scale = strength
-        return seen
+        return [own[0] if len(own) == 1 else torch.cat(own) for own in seen.values() if own]
 
 
 class _Work(comfy.samplers.Sampler):
@@ -121,7 +124,7 @@ class _Work(comfy.samplers.Sampler):
 
 def private_copy(model):
     """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]; without a table that is on
-    the model."""
+    the model, and not compiled: what TorchCompileModel puts in the network's place is the user's own one."""
     if "bypass_lora" in getattr(model, "injections", {}):
         raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
     if "force_deepcopy" in inspect.signature(type(model).clone).parameters and getattr(model, "cached_patcher_init", None):
@@ -130,6 +133,8 @@ def private_copy(model):
         private = deep_copy(model)
     private.model.requires_grad_(False)
     private.remove_additional_models("multigpu")  # their threads run without gradients
+    private.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    private.model_options.pop("torch_compile_kwargs", None)
     return remove_embeddings(private)
 
 
@@ -140,6 +145,7 @@ def deep_copy(model):
     private.model = copy.copy(base)
     private.model._modules = dict(base._modules)  # a copied module shares this with the original
     private.model.diffusion_model = copy.deepcopy(base.diffusion_model)
+    private.model.__dict__.pop(KEPT, None)  # the hooks that stay on a compiled network are the user's
     private.backup, private.parent = {}, None
     return private
 

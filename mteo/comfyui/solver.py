@@ -9,7 +9,7 @@ from tqdm.auto import trange
 from ..embeddings import Table
 from ..errors import MTEOError
 from ..schedule import SAME_SIGMA, require_schedule
-from ..tableau import Tableau, combine, probe
+from ..tableau import MAX_CALLS, Tableau, combine, probe
 
 KEY = "mteo"  # what is under it in a MODEL is the pack's
 OWN = "mteo"  # the name of a SAMPLER that runs a table of coefficients
@@ -72,7 +72,7 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
         model = _ProbeModel(denoise, model_sampling, name, cfg)
         return sampler.sampler_function(model, x, grid, extra_args={"model_options": {}, "seed": 0}, callback=None, disable=True, **sampler.extra_options)
 
-    return probe(run, sigmas, name)
+    return probe(run, sigmas, name, max(MAX_CALLS, 2 * len(sigmas)))
 
 
 def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:

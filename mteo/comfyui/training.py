@@ -99,6 +99,8 @@ def facts_of(model, positives: list, negative, latent: torch.Tensor, recipe: Rec
         weights=content_hash(model_fingerprint(model, matrices, 64)),
         patches=content_hash(model.patches),
         options=content_hash(model.model_options),
+        wrappers=content_hash({(kind, key): own for kind, by_key in model.wrappers.items() for key, own in by_key.items() if own and key != KEY}),
+        objects=content_hash(model.object_patches),
     )
 
 
@@ -263,8 +265,9 @@ def train(session: Session, patch, recipe: Recipe, number: int, prompts: int, st
     tableau, total = patch.table.tableau_at(recipe.guidance[number]), recipe.sequential + recipe.iterations
     sigmas = tableau.schedule.float()
     teacher = teacher_tableau(session, refined_of(session, sigmas, recipe.teacher_steps))
-    pairs = gather(session, teacher, sigmas, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
-    held_out = gather(session, teacher, sigmas, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
+    inner = sigmas if recipe.sequential else None  # no other training reads the teacher's states on its way
+    pairs = gather(session, teacher, inner, recipe, number, TRAIN, recipe.pictures, prompts, store, progress)
+    held_out = gather(session, teacher, None, recipe, number, VALIDATION, recipe.held_out, prompts, store, progress)
 
     def told(state: State, line: dict | None) -> None:
         if line is None:

@@ -41,7 +41,7 @@ def train(
     optimiser, generator, first = torch.optim.Adam(named.values(), lr=rate), torch.Generator().manual_seed(seed), lab.spent
     average = {name: value.detach().clone() for name, value in named.items()}
     held_out_error = lambda: error_of(lab, lambda _, part, start: sample(lab, sigmas, part, start), None, held_out)
-    best, checks, step = (held_out_error(), average), 1, 0
+    best, checks, step = (held_out_error(), {name: value.clone() for name, value in average.items()}), 1, 0
     while (spent := lab.spent - first) < budget:
         step += 1
         for group in optimiser.param_groups:

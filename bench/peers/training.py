@@ -19,7 +19,7 @@ def fit(lab: Lab, sample, learned: dict[str, torch.Tensor], pairs: Trajectories,
     optimiser = torch.optim.Adam(learned.values(), lr=rate, betas=(0.9, 0.99))
     generator, moved, first = torch.Generator().manual_seed(seed), torch.zeros_like(pairs.start), lab.spent
     average = {name: value.detach().clone() for name, value in learned.items()}
-    best, checks = (error_of(lab, sample, average, held_out), average), 1
+    best, checks = (error_of(lab, sample, average, held_out), {name: own.clone() for name, own in average.items()}), 1
     step = 0
     while (spent := lab.spent - first) < budget:
         step += 1

@@ -33,7 +33,7 @@ def parser_of(name: str, description: str, cfgs: Sequence[float]) -> argparse.Ar
         default=NUMBERS["peers"],
         help="evaluations that a training takes, those of its teacher included; 0: `quality` without peers and bounds",
     )
-    parser.add_argument("--pairs", type=int, default=NUMBERS["pairs"], help="training pairs of the peers; SFD and LCM-LoRA take three times as many")
+    parser.add_argument("--pairs", type=int, default=NUMBERS["pairs"], help="training pairs of the peers; LCM-LoRA takes three times as many")
     return parser
 
 

@@ -64,7 +64,7 @@ def intervals_of(sets: dict[str, Judged], other: torch.Tensor, peers: bool) -> d
     """Key of `keys_of` -> 95 % interval: of the plain evaluations that the pack's tables match, and with peers of the largest ratio of a table at their cost to
     one of them; other: the teacher's features."""
     made = lambda name: [sets[one].made for one in seeds_of(sets, name)]
-    plain = {steps: judged.made for steps, judged in plain_of(sets).items()}
+    plain = {steps: judged.made for steps, judged in nearest_of(sets, lambda judged: judged.row["fd"]).items()}
     packs = {"": MTEO, "guided_": GUIDED}
     found = {f"{name}plain_steps_matched": matched_interval(sets[row].made, plain, other) for name, row in packs.items() if row in sets}
     for analytic in ("", methods.ANALYTIC) if peers else ():
@@ -88,18 +88,24 @@ def over_seeds(rows: dict, name: str, measure: str) -> float:
     return statistics.fmean(rows[row][measure] for row in seeds_of(rows, name))
 
 
-def plain_of(rows: dict) -> dict:
+def plain_of(rows: dict, called: str = "plain ") -> dict:
     """Rows, or sets, of the best named plain samplers by their number of evaluations."""
-    return {int(name.split()[1].rstrip(",")): row for name, row in rows.items() if name.startswith("plain ") and name != FREE}
+    return {int(name.split()[1].rstrip(",")): row for name, row in rows.items() if name.startswith(called) and name != FREE}
+
+
+def nearest_of(rows: dict, fd=lambda row: row["fd"]) -> dict:
+    """As `plain_of`, of the sampler with the least error and Euler the one that is nearer as a set."""
+    euler = plain_of(rows, "Euler ")
+    return {steps: min((row, euler.get(steps, row)), key=fd) for steps, row in plain_of(rows).items()}
 
 
 def keys_of(result: dict, intervals: dict) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is
     not behind in Fréchet distance (0: of none), with interval; with peers the largest ratio of a table at their cost to one of them (means over seeds), none
     of which has its first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to SFD."""
-    def of_set(row: dict, teacher: dict, plain: dict[int, dict]) -> dict:
+    def of_set(row: dict, teacher: dict, nearest: dict[int, dict]) -> dict:
         return dict(
-            plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in plain.items()}),
+            plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in nearest.items()}),
             diversity=row["diversity"] / teacher["diversity"],
             recall=row["recall"] / teacher["recall"],
             spectrum=row["spectrum"],
@@ -109,10 +115,10 @@ def keys_of(result: dict, intervals: dict) -> dict:
     keys = {}
     for cfg, rows in result.items():
         mteo, teacher, free = rows[MTEO], rows["teacher"], rows[FREE]
-        plain = plain_of(rows)
-        keys[cfg] = own = of_set(mteo, teacher, plain) | dict(fd_floor=teacher["fd"], fd_free_3=free["fd"])
+        plain, nearest = plain_of(rows), nearest_of(rows)
+        keys[cfg] = own = of_set(mteo, teacher, nearest) | dict(fd_floor=teacher["fd"], fd_free_3=free["fd"])
         if guided := rows.get(GUIDED):
-            own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, plain).items()}
+            own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, nearest).items()}
         if bound := rows.get(f"{SFD}, 3"):
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 for analytic in ("", methods.ANALYTIC):

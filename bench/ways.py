@@ -9,7 +9,7 @@ from mteo.recipe import Recipe
 from mteo.tableau import Tableau
 from mteo.teacher import Trajectories
 
-from .cost import affordable, searched
+from .cost import TEACHER_SHARE, affordable, searched
 from .ground import Ground
 from .heldout import STEPS, best_named, free_rival, named
 from .judge import Judged
@@ -41,13 +41,14 @@ class Ways:
     @cached_property
     def sigmas(self) -> list[float]:
         """The grid of SFD."""
-        return methods.start_grid(self.seen.model.get_model_object("model_sampling"), SFD, self.plain, self.steps)
+        return methods.start_grids(self.seen.model.get_model_object("model_sampling"), SFD, self.plain, self.steps)[0]
 
     @cached_property
     def through(self) -> Trajectories:
-        """The bounds' training pairs, with the teacher's states at SFD's inner σ."""
-        name, through = f"bound-train-{self.cfg:g}-{self.told.pairs}{self.tag}", tuple(self.sigmas)
-        return self.stage(name, teacher_pairs, self.seen, 3 * self.told.pairs, self.cfg, 2006, TEACHER_STEPS, through)
+        """The bounds' training pairs, with the teacher's states at SFD's inner σ: as large a share of its evaluations as a table's."""
+        branches, through = 1 if self.cfg == 1 else 2, tuple(self.sigmas)
+        count = max(round(TEACHER_SHARE * self.told.bound / TEACHER_STEPS / branches), 3 * self.told.pairs)
+        return self.stage(f"bound-train-{self.cfg:g}-{count}{self.tag}", teacher_pairs, self.seen, count, self.cfg, 2006, TEACHER_STEPS, through)
 
     @cached_property
     def plain(self) -> dict[int, dict]:
@@ -75,11 +76,18 @@ class Ways:
         tableau = solver_tableau(solver, named_grids(sampling, steps)[grid], sampling)
         return {f"plain {steps}, {solver}/{grid}": self.judged(f"plain-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.ground.pairs, tableau))}
 
+    def euler_set(self, steps: int) -> dict[str, Judged]:
+        """Euler on its best named grid: what is nearest in error need not be the nearest as a set."""
+        errors, sampling = self.named(steps)["euler"], self.own.model.get_model_object("model_sampling")
+        grid = min(errors, key=errors.get)
+        tableau = solver_tableau("euler", named_grids(sampling, steps)[grid], sampling)
+        return {f"Euler {steps}, {grid}": self.judged(f"euler-{steps}-{self.cfg:g}", partial(ends_of, self.own, self.ground.pairs, tableau))}
+
     def plain_sets(self) -> dict[str, Judged]:
-        """The best named sampler at each budget, and σ and all coefficients searched at three."""
+        """The best named sampler and Euler at each budget, and σ and all coefficients searched at three."""
         made = {}
         for steps in self.told.budgets:
-            made |= self.plain_set(steps)
+            made |= self.plain_set(steps) | self.euler_set(steps)
         free = self.stage(f"free-{self.cfg:g}", free_rival, self.ground.choosing, self.ground.validation, min(64, self.told.validation))["grid, all rows"]
         return made | {FREE: self.judged(f"plain-free-{self.cfg:g}", partial(ends_of, self.own, self.ground.pairs, free))}
 
@@ -95,13 +103,13 @@ class Ways:
         """SFD and LCM-LoRA, which change the weights."""
         made, name = {seeded(SFD, self.steps): self.bound_set()} if self.told.bound else {}, lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0"
         if self.told.lcm:
-            updates = lambda: self.stage(name("lcm"), methods.low_rank, self.seen, self.through, self.told.lcm, 0)
+            updates = lambda: self.stage(name("lcm"), methods.low_rank, self.seen, self.through.part(slice(0, 3 * self.told.pairs)), self.told.lcm, 0)
             made[seeded(LCM, self.steps)] = self.judged(name("lcm-ends"), lambda: methods.low_rank_ends(self.own, updates(), self.ground.pairs))
         return made
 
     def bound_set(self) -> Judged:
         """SFD."""
-        name = lambda of: f"{of}-{self.cfg:g}-{self.told.bound}-{self.told.pairs}-0{self.tag}"
+        name = lambda of: f"{of}-{self.cfg:g}-{self.told.bound}-{len(self.through)}-0{self.tag}"
         weights = lambda: self.stage(name("bound"), methods.fine_tune, self.seen, self.sigmas, self.through, self.ground.held_out, self.told.bound, 0)
         return self.judged(name("bound-ends"), lambda: methods.fine_tuned_ends(self.own, weights(), self.ground.pairs))
 
@@ -137,11 +145,11 @@ class Ways:
         return self.judged(f"peer-ends-{self.of(name, seed)}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.ground.pairs))
 
     def peer(self, name: str, seed: int) -> dict:
-        """A trained peer; a seed above 0 takes the rate that seed 0 found."""
+        """A trained peer; a seed above 0 takes the grid and rate that seed 0 found."""
 
         def make():
-            rate = self.peer(name, 0)["rate"] if seed else None
-            return methods.train(self.seen, name, self.ground.train, self.ground.held_out, self.plain, self.told.peers, seed, rate, self.steps)
+            first = self.peer(name, 0) if seed else None
+            return methods.train(self.seen, name, self.ground.train, self.ground.held_out, self.plain, self.told.peers, seed, first, self.steps)
 
         keep = self.stage if name in methods.SURE else self.ground.trained.peer
         return keep(f"peer-{self.of(name, seed)}", make)

@@ -34,7 +34,7 @@ class Method:
 
 
 def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
-    """The peer before its training, with as many evaluations as `sigmas`, from `start_grid`, are made for; on them where it has a grid."""
+    """The peer before its training, with as many evaluations as `sigmas`, from `start_grids`, are made for; on them where it has a grid."""
     analytic = name.endswith(ANALYTIC)
     steps = len(sigmas) - 1 - analytic
     if (base := name.removesuffix(ANALYTIC)) in coefficients.PEERS:
@@ -54,13 +54,17 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
     raise ValueError(f"No peer is called {name} with {steps} evaluations: there are {', '.join(NAMES)}, AMED with {amed.EVALUATIONS} only.")
 
 
-def start_grid(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[float]:
+def start_grids(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[list[float]]:
     """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic
-    step has a step more."""
+    step has a step more. Where that is no nearer than the mean picture (error 1), as one long step to it is, also Euler's best and the model's own time."""
     base = name.removesuffix(ANALYTIC)
     steps += base != name
-    errors = plain[steps][BASES.get(base, "euler")]
-    return named_grids(sampling, steps)[min(errors, key=errors.get)].tolist()
+    nearest = lambda solver: min(plain[steps][solver], key=plain[steps][solver].get)
+    own = BASES.get(base, "euler")
+    names = [nearest(own)]
+    if base in BASES and plain[steps][own][names[0]] >= 1:
+        names += [nearest("euler"), "sgm_uniform"]
+    return [named_grids(sampling, steps)[grid].tolist() for grid in dict.fromkeys(names)]
 
 
 def teacher_cost(pairs: Trajectories) -> int:
@@ -68,9 +72,9 @@ def teacher_cost(pairs: Trajectories) -> int:
     return len(pairs) * TEACHER_STEPS * branches(pairs)
 
 
-def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, rate: float | None = None, steps: int = STEPS) -> dict:
+def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, first: dict | None = None, steps: int = STEPS) -> dict:
     """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs`
-    included; `rate`: None = the best of RATES."""
+    included. first: an earlier training, whose grid and rate are taken; None = the best of `start_grids`, and on it of RATES."""
     teacher = teacher_cost(pairs)
 
     def work(session):
@@ -82,13 +86,20 @@ def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, bu
             few = pairs.part(slice(0, budget // (2 * v3.LEVELS * branches(pairs))))
             sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, steps).values()])
             return dict(sigmas=sigmas, learned=learned, error=error, rate=None, spent=lab.spent)
-        sigmas = start_grid(session.sampling, name, plain, steps)
-        peer = method(lab, name, sigmas)
-        run = lambda rate, evaluations: fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
-        best = rate or min(RATES, key=lambda one: run(one, (budget - teacher) // 4)[1])
+
+        def run(sigmas: list[float], rate: float, evaluations: int) -> tuple[dict, float]:
+            peer = method(lab, name, sigmas)
+            return fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
+
+        if first:
+            sigmas, rate = first["sigmas"], first["rate"]
+        else:
+            grids, few = start_grids(session.sampling, name, plain, steps), (budget - teacher) // 4
+            sigmas = grids[0] if len(grids) == 1 else min(grids, key=lambda grid: run(grid, RATES[1], few)[1])
+            rate = min(RATES, key=lambda one: run(sigmas, one, few)[1])
         before = lab.spent
-        learned, error = run(best, budget - teacher)
-        return dict(sigmas=sigmas, learned=learned, error=error, rate=best, spent=lab.spent - before + teacher)
+        learned, error = run(sigmas, rate, budget - teacher)
+        return dict(sigmas=sigmas, learned=learned, error=error, rate=rate, spent=lab.spent - before + teacher)
 
     return own.session(work)
 

@@ -5,9 +5,12 @@ In λ = −ln σ and variance-exploding x, dx/dλ = −(x − D) = −(l·x + f)
 df/dλ ≈ s·f + b, s and b by linear regression (eq. 11); all are arrays of one picture's shape. What is left, g = e^(−∫s)·f − ∫e^(−∫s)·b, hardly moves, and is a
 polynomial through the last evaluations. The integrals are sums here, the paper's are closed over the same statistics.
 """
+import itertools
+
 import torch
 
-from mteo.comfyui.training import teacher_sigmas, teacher_tableau
+from mteo.comfyui.training import teacher_tableau
+from mteo.schedule import karras
 from mteo.tableau import execute
 from mteo.teacher import Trajectories
 
@@ -15,12 +18,12 @@ from ..parts import BATCH
 from .lab import Lab
 from .training import error_of
 
-LEVELS, POINTS, ORDERS = 40, 33, (1, 2, 3)
+LEVELS, POINTS, ORDERS = 40, 33, (1, 2)
 
 
 def statistics(lab: Lab, pairs: Trajectories, seed: int = 0) -> dict[str, torch.Tensor]:
     """{"levels": λ [M], "l", "s", "b": [M, …]} of the teacher's trajectories from the pairs' starts; a forward, a backward pass and a step each."""
-    sigmas, generator = teacher_sigmas(lab.session, LEVELS), torch.Generator().manual_seed(seed)
+    sigmas, generator = karras(LEVELS, lab.sigma_min, lab.sigma_max, flow=lab.session.flow), torch.Generator().manual_seed(seed)
     levels, slopes, states = -sigmas[:-1].double().log(), [], []
 
     def denoise(x, call, sigma):
@@ -71,7 +74,7 @@ def frame(statistics: dict[str, torch.Tensor], start: float, end: float) -> tupl
 
 
 def step(statistics: dict[str, torch.Tensor], x: torch.Tensor, start: float, end: float, known: list[tuple[float, torch.Tensor]]) -> torch.Tensor:
-    """x [B, …] from λ = start to end; known: (λ, f) of the evaluations that g goes through, the one at `start` last."""
+    """x [B, …] from λ = start to end; known: (λ, f) of the evaluations that g goes through."""
     levels, s, b = frame(statistics, start, end)
     linear = so_far(at(statistics, "l", levels), levels)
     carried = (linear - linear[-1]).exp()  # e^(−∫l) from each λ to the end
@@ -96,25 +99,29 @@ def trapezoids(levels: torch.Tensor) -> torch.Tensor:
 
 
 def sample(lab: Lab, sigmas: list[float], learned: dict[str, torch.Tensor], batch: Trajectories, start: torch.Tensor) -> torch.Tensor:
-    """End points of the starts on `sigmas` [K + 1]; the last step ends at sigma_min, as in the paper. learned: the statistics and "order"."""
-    x, known, order = start, [], int(learned["order"])
+    """End points of the starts on `sigmas` [K + 1]; the last step ends at sigma_min and is of the first order, as in the paper's code. learned: the
+    statistics, "order", and "corrected": whether an evaluation also mends the step that led to it."""
+    x = before = start
+    known, order = [], int(learned["order"])
     levels = [-float(torch.tensor(sigma).log()) for sigma in (*sigmas[:-1], lab.sigma_min)]
-    for sigma, now, after in zip(sigmas[:-1], levels[:-1], levels[1:], strict=True):
+    for number, (sigma, now, after) in enumerate(zip(sigmas[:-1], levels[:-1], levels[1:], strict=True), 1):
         answer = lab.denoise(x, sigma, batch)
         f = (x - answer).double() - at(learned, "l", torch.tensor([now], dtype=torch.float64))[0] * x.double()
-        known = [*known, (now, f)][-order:]
-        x = step(learned, x, now, after, known)
+        if known and learned["corrected"]:
+            x = step(learned, before, known[-1][0], now, [*known[-order:], (now, f)])
+        known = [*known, (now, f)]
+        before, x = x, step(learned, x, now, after, known[-min(order, len(sigmas) - number) :])
     return x
 
 
 def train(lab: Lab, pairs: Trajectories, held_out: Trajectories, grids: list[list[float]]) -> tuple[list[float], dict[str, torch.Tensor], float]:
-    """(grid, learned, error): the grid and order that do best on the held-out pairs."""
+    """(grid, learned, error): the grid and order, with or without the corrector, that do best on the held-out pairs."""
     numbers = statistics(lab, pairs)
     tried = []
     for sigmas in grids:
         if sigmas[-2] > 1.05 * lab.sigma_min:
-            for order in ORDERS:
-                learned = numbers | {"order": torch.tensor(order)}
+            for order, corrected in itertools.product(ORDERS, (False, True)):
+                learned = numbers | {"order": torch.tensor(order), "corrected": torch.tensor(corrected)}
                 tried.append(
                     (error_of(lab, lambda own, part, start, grid=sigmas: sample(lab, grid, own, part, start), learned, held_out), len(tried), sigmas, learned)
                 )

@@ -43,9 +43,9 @@ def environment() -> None:
     stamp = VENV / "installed"
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
-    if not PYTHON.exists():
+    if not PYTHON.exists() or subprocess.run([str(PYTHON), "-m", "pip", "--version"], capture_output=True).returncode:
         say("making .venv")
-        venv.create(VENV, with_pip=True)
+        venv.create(VENV, with_pip=True, clear=True, symlinks=os.name != "nt")  # a copied Python of Homebrew's does not find its library
     installed = subprocess.run([str(PYTHON), "-c", "import torch, torchvision, torchaudio"], capture_output=True).returncode == 0
     say("installing packages (several minutes the first time)")
     pip("install", "-q", *([] if installed else TORCH), *COMFYUI_NEEDS, *OWN_NEEDS)
@@ -67,7 +67,7 @@ def comfyui() -> Path:
     if hashlib.sha256(archive.read_bytes()).hexdigest() != SOURCE_HASH:
         raise SystemExit(f"[dev] {archive.name} is not the file that was pinned: delete .cache and try again")
     with tarfile.open(archive) as file:
-        file.extractall(download / "unpacked", filter="data")
+        file.extractall(download / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.10.11; the hash is checked
     (next((download / "unpacked").iterdir()) / "vendor" / "ComfyUI").rename(root)
     shutil.rmtree(download)
     return root

@@ -51,5 +51,6 @@ def require_schedule(own: Sequence[float], asked: Sequence[float]) -> None:
             f"This table was not trained for a start at step {starts[0]}: sample from step 0, or for image to image distil a table with denoise below 1."
         )
     raise MTEOError(
-        f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to the sampler."
+        f"The schedule {show(asked)} is not the one this table was trained for, {show(own)}: connect the SIGMAS output of Apply MTEO to "
+        "the sampler, or for another pass with a sampler of its own give it the model from before Apply MTEO."
     )

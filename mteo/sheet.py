@@ -9,7 +9,7 @@ GAP, INK, PAPER = 6, (20, 20, 20), (255, 255, 255)
 def sheet(rows: dict[str, torch.Tensor], side: int = 128, captions: list[str] | None = None) -> Image.Image:
     """rows: label -> pictures [N, H, W, 3] in 0..1, all of one size; `side` = width of a picture on the sheet in pixels.
     captions: N short texts under the columns. Returns an RGB image with a label column on the left."""
-    font, tall = ImageFont.load_default(size=15), {label: pictures.shape[1] * side // pictures.shape[2] for label, pictures in rows.items()}
+    font, tall = letters(15), {label: pictures.shape[1] * side // pictures.shape[2] for label, pictures in rows.items()}
     count = max(len(pictures) for pictures in rows.values())
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = max(int(probe.multiline_textbbox((0, 0), label, font=font)[2]) for label in rows) + 3 * GAP
@@ -23,12 +23,20 @@ def sheet(rows: dict[str, torch.Tensor], side: int = 128, captions: list[str] | 
             pixels = (picture.detach().float().cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8)
             canvas.paste(Image.fromarray(pixels).resize((side, tall[label]), Image.Resampling.BICUBIC), (left + column * (side + GAP), top))
         top += tall[label] + GAP
-    small = ImageFont.load_default(size=11)
+    small = letters(11)
     for column, caption in enumerate(captions or []):
         while caption and draw.textlength(caption, small) > side:
             caption = caption[:-1]
         draw.text((left + column * (side + GAP), top), caption, INK, small)
     return canvas
+
+
+def letters(size: int):
+    """PIL's own font; Pillow before 10.1 has it in one size."""
+    try:
+        return ImageFont.load_default(size=size)
+    except TypeError:
+        return ImageFont.load_default()
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:

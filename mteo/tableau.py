@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .errors import MTEOError
+from .schedule import SAME_SIGMA
 
 MAX_CALLS = 64
 ACCURACY = 1e-5  # relative; float32 rounding of uni_pc reaches 4e-6 (traps 5)
@@ -163,6 +164,16 @@ def with_matrix(tableau: Tableau, matrix: torch.Tensor) -> Tableau:
     if matrix.shape != tableau.matrix.shape:
         raise MTEOError(f"The solver's table is {tuple(tableau.matrix.shape)}, the new one {tuple(matrix.shape)}: correct the same solver.")
     return replace(tableau, matrix=matrix.double())
+
+
+def stopped(tableau: Tableau, calls: int, sigma: float) -> torch.Tensor:
+    """The matrix [calls + 1, calls + 1] of the first calls alone, the last row at `sigma`, which need not be the σ that the next call is told: one Euler step
+    with the last denoised leads there, for a flow model, too."""
+    matrix = tableau.matrix[: calls + 1, : calls + 1].clone()
+    if calls < len(tableau.sigmas) and abs((share := sigma / float(tableau.sigmas[calls])) - 1) > SAME_SIGMA:
+        matrix[calls] *= share
+        matrix[calls, calls] += 1 - share
+    return matrix
 
 
 def between(own: Tableau, others: list[Tableau], shares: torch.Tensor, strength: float) -> Tableau:

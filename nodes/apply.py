@@ -34,7 +34,7 @@ def strength_input():
         max=2.0,
         step=0.01,
         tooltip="Of the offsets and the solver's corrections. 1 = as trained, more = stronger offsets, "
-        "0 = the plain model with the plain sampler on the same sigmas.",
+        "0 = the plain model; where the table learned its solver, on the sigmas that its search found, for all cfg values the same.",
     )
 
 

@@ -299,3 +299,7 @@ def test_metrics_on_known_errors():
     errors = torch.rand(256, generator=torch.Generator().manual_seed(1)) + 0.5
     ratio, low, high = paired_bootstrap_ratio(0.5 * errors, errors)
     assert ratio == pytest.approx(0.5) and low == pytest.approx(0.5) and high == pytest.approx(0.5)
+    other = torch.rand(256, generator=torch.Generator().manual_seed(2)) + 0.5  # squares: mean 1.0833, deviation .5821
+    ratio, low, high = paired_bootstrap_ratio(other, errors)
+    deviation = 0.5821 / 1.0833 / 256**0.5 * 2**0.5 / 2
+    assert ratio == pytest.approx(1, abs=3 * deviation) and low < ratio < high and high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)

@@ -37,6 +37,13 @@ def test_a_pyramid_loses_nothing():
     pictures = torch.rand(2, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     levels = pyramid(pictures)
     assert [level.shape[-1] for level in levels] == [64, 32, 16]
+    whole, tap = levels[-1], torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=torch.float64) / 8
+    kernel = (tap[:, None] * tap).expand(3, 1, 5, 5)
+    for detail in reversed(levels[:-1]):
+        large = torch.zeros_like(detail)
+        large[..., ::2, ::2] = whole
+        whole = detail + torch.nn.functional.conv2d(torch.nn.functional.pad(large, (2, 2, 2, 2), mode="reflect"), kernel, groups=3)
+    assert whole.allclose(pictures, atol=1e-12)
     flat = pyramid(torch.full((1, 3, 64, 64), 0.3, dtype=torch.float64))
     assert flat[-1].allclose(torch.tensor(0.3, dtype=torch.float64)) and flat[0][..., 4:-4, 4:-4].abs().max() < 1e-9
 
@@ -46,6 +53,10 @@ def test_sliced_wasserstein_finds_the_level_that_differs():
     same, rougher = sliced_wasserstein(one, two, directions=64), sliced_wasserstein(1.3 * one, two, directions=64)
     assert max(same) < 0.05 and min(rougher) == pytest.approx(0.3 * (2 / torch.pi) ** 0.5, rel=0.25)  # E|1.3 z − z|
     assert sliced_wasserstein(one, two, directions=64) == same
+    row = torch.arange(64)
+    checked = one + 0.5 * ((row[:, None] + row) % 2 * 2 - 1)  # the finest pattern there is
+    finest, *coarser = sliced_wasserstein(checked, two, directions=64)
+    assert finest > 3 * same[0] and coarser == pytest.approx(same[1:], rel=0.02)
 
 
 def test_diversity_is_the_distance_of_two_seeds():

@@ -212,15 +212,15 @@ def test_a_compiled_model_is_distilled_as_the_model_is(parts):
     assert "torch_compile_kwargs" in compiled.model_options and "torch.compile" in compiled.wrappers["apply_model"]
 
 
-def test_a_damaged_store_is_made_anew(distilled, parts, tmp_path):
+def test_a_damaged_store_is_made_anew(tmp_path):
     """A chunk that a power cut left empty."""
-    from mteo.teacher import load_trajectories
+    from mteo.teacher import Trajectories, load_trajectories, save_trajectories
 
-    whole = sorted((distilled[0] / "teacher").iterdir())[0]
-    note = (distilled[0] / "run.json").read_text()
-    assert load_trajectories(whole, note) is not None
-    (tmp_path / whole.name).write_bytes(b"")
-    assert load_trajectories(tmp_path / whole.name, note) is None
+    x, whole = torch.randn(2, 1, 4, 4), tmp_path / "whole.safetensors"
+    save_trajectories(Trajectories(x, x[:, None][:, :0], x.clone(), torch.arange(2), torch.ones(2, dtype=torch.float64)), whole, "a run")
+    assert load_trajectories(whole, "a run").end.equal(x) and load_trajectories(whole, "another run") is None
+    whole.write_bytes(b"")
+    assert load_trajectories(whole, "a run") is None
 
 
 def test_a_model_that_gives_no_finite_picture_is_refused(parts):

@@ -94,10 +94,15 @@ def test_the_benchs_grids_start_at_one_sigma(parts):
 
 @torch.inference_mode()
 def test_bad_input_gets_one_sentence(distilled, parts):
-    from mteo.comfyui.sampling import sample_latent
+    from comfy_extras.nodes_custom_sampler import SamplerCustom
+
+    from mteo.comfyui.sampling import applied, sample_latent
 
     model, (positive, _), _, empty = parts
-    with pytest.raises(MTEOError, match="^This table starts from a picture, but latent_image is empty"):
+    with pytest.raises(MTEOError, match="^This table starts from a picture, but the latent is empty"):
         sample_latent(model, distilled.embeddings, {"samples": empty}, 0, positive)
+    patched, sampler, sigmas = applied(model, distilled.embeddings)
+    with pytest.raises(MTEOError, match="^This table starts from a picture"):
+        SamplerCustom.execute(patched, True, 7, 1.0, positive, positive, sampler, sigmas, {"samples": empty})
     with pytest.raises(MTEOError, match="^denoise is 0.01: give a number from 0.05 to 1"):
         Recipe(denoise=0.01)

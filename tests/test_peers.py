@@ -1,6 +1,7 @@
 """Peers of the quality bench start as the solvers that ComfyUI has, and can be told another time."""
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,6 +62,23 @@ def test_a_peer_takes_as_many_evaluations_as_it_is_told(pairs, name, steps):
         with torch.no_grad():
             assert peer.sample(peer.zero, part, part.start).isfinite().all()
         assert lab.spent == steps * len(part)
+
+    own.session(work)
+
+
+def test_a_training_that_betters_nothing_keeps_its_start(pairs):
+    from bench.parts import named_grids
+    from bench.peers.lab import Lab
+    from bench.peers.methods import method
+    from bench.peers.training import error_of, fit
+
+    own, train, held_out = pairs
+
+    def work(session):
+        lab = Lab(session)
+        peer = method(lab, "GS", named_grids(session.sampling, 3)["sgm_uniform"].tolist())
+        learned, error = fit(lab, peer.sample, peer.zero, train, held_out, 200, 0, 100.0, batch=8, **peer.training)
+        assert error == error_of(lab, peer.sample, peer.zero, held_out) and all(torch.equal(value, peer.zero[name]) for name, value in learned.items())
 
     own.session(work)
 
@@ -206,7 +224,7 @@ def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
 
 def test_v3_solves_a_linear_flow_in_one_step(comfyui_root):
     """D = c·x + m·σ: with l, s and b of that flow, f is a straight exponential and any step is exact."""
-    from bench.peers.v3 import step
+    from bench.peers.v3 import sample, step
 
     levels = torch.linspace(-3.0, 3.0, 400, dtype=torch.float64)
     c, m = torch.tensor([[0.3, -0.2]], dtype=torch.float64), torch.tensor([[0.5, 1.0]], dtype=torch.float64)
@@ -220,3 +238,35 @@ def test_v3_solves_a_linear_flow_in_one_step(comfyui_root):
         exact = exact + (after - level) * -((1 - c) * middle - m * sigma((level + after) / 2))
     made = step(numbers, x, -2.0, 2.0, [(-2.0, (-m * sigma(-2.0)).expand_as(x))])
     assert torch.allclose(made, exact, rtol=5e-3)
+    lab = SimpleNamespace(sigma_min=float(sigma(2.0)), denoise=lambda x, level, batch: c * x + m * level)
+    for order, corrected in itertools.product((1, 2), (False, True)):
+        told = numbers | {"order": torch.tensor(order), "corrected": torch.tensor(corrected)}
+        assert torch.allclose(sample(lab, [float(sigma(level)) for level in (-2.0, -0.7, 0.6)] + [0.0], told, None, x), exact, rtol=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_v3_measures_down_to_where_its_last_step_ends(comfyui_root, kind):
+    from bench.parts import parts, teacher_pairs
+    from bench.peers.lab import Lab
+    from bench.peers.v3 import LEVELS, statistics
+
+    own = parts(1, 2, False, kind)
+    pairs = teacher_pairs(own, 2, 1.0, 1, 4)
+    numbers, ends = own.session(lambda session: (statistics(lab := Lab(session), pairs), (lab.sigma_max, lab.sigma_min)))
+    assert [float(numbers["levels"][i].neg().exp()) for i in (0, -1)] == pytest.approx(ends, rel=1e-3)
+    assert all(len(values) == LEVELS and values.isfinite().all() for values in numbers.values())
+
+
+def test_where_a_solver_is_lost_other_grids_are_tried(session_of):
+    """One that is no nearer than the mean picture starts from a step that leads there."""
+    from bench.parts import named_grids
+    from bench.peers.methods import start_grids
+
+    def work(session):
+        grid = lambda name, steps: named_grids(session.sampling, steps)[name].tolist()
+        plain = lambda error: {4: {"dpmpp_2m": {"karras": error, "beta": 1.2}, "euler": {"simple": 1.1, "karras": 1.3}}}
+        assert start_grids(session.sampling, "GS" + ANALYTIC, plain(0.9)) == [grid("karras", 4)]
+        assert start_grids(session.sampling, "GS" + ANALYTIC, plain(1.0)) == [grid(name, 4) for name in ("karras", "simple", "sgm_uniform")]
+        assert len(start_grids(session.sampling, "EPD" + ANALYTIC, plain(1.0))) == 1
+
+    session_of(work)

@@ -163,10 +163,10 @@ def test_distilling_in_a_graph_cancel_resume_and_compare(server):
     assert sum(isinstance(message, bytes) for message in messages) >= 2, "the student's picture is shown while it trains"
     folders = list((server.base / "output" / "mteo").iterdir())
     assert len(folders) == 1 and (folders[0] / "state-0.pt").is_file() and not (folders[0] / "table.safetensors").exists()
-    chunks = {path: path.stat().st_mtime_ns for path in (folders[0] / "teacher").iterdir()}
+    assert list((folders[0] / "teacher").iterdir())
 
     sheet = pictures(server, server.queue(compare), "16")[0]
-    assert {path: path.stat().st_mtime_ns for path in chunks} == chunks and list((server.base / "output" / "mteo").iterdir()) == folders
+    assert list((server.base / "output" / "mteo").iterdir()) == folders and not (folders[0] / "teacher").exists(), "it is of no more use"
     assert (folders[0] / "table.safetensors").stat().st_size <= 200_000
     assert sorted((server.base / "models" / "mteo").glob("my_table*"))[0].read_bytes() == (folders[0] / "table.safetensors").read_bytes()
     teacher, plain, mteo = (torch.frombuffer(bytearray(sheet.crop((x, 0, x + 256, 256)).tobytes()), dtype=torch.uint8).float() for x in (0, 264, 528))

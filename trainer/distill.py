@@ -1,7 +1,7 @@
 """Distil a table in a run folder; stop it and the same command goes on.
 
-Writes run.json (all settings as resolved), teacher/ (trajectories), state-N.pt and log-N.jsonl for each cfg value, previews/, loss.png, sheet.png,
-table.safetensors.
+Writes run.json (all settings as resolved), teacher/ (trajectories, until the table is done), state-N.pt and log-N.jsonl for each cfg value, previews/,
+loss.png, sheet.png, table.safetensors.
 """
 from .comfyui import empty_latent, encode, find_root, load, open_comfyui
 from .config import Run, read_run

@@ -19,6 +19,7 @@ from ..fingerprint import SITES, difference, fingerprint, verdict
 from ..folding import Folded, foldable
 from ..injection import Offsets, attach, detach, find_modules, gain_paths
 from ..schedule import SAME_SIGMA, require_schedule
+from ..tableau import stopped
 from .solver import KEY, OWN, cfg_of, read_tableau, sampler_name
 
 KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
@@ -163,7 +164,11 @@ class Patch:
             raise MTEOError("A table works on one graphics card, and this model is split over several: remove the MultiGPU node.")
         self.at(cfg_of(guider))
         require_guider(self.table, guider)
+        if self.off_grid != "off":  # as in a training
+            warn_of_cfg(self.table, self.cfg)
         if self.off_grid == "error":
+            if self.table.record.get("recipe", {}).get("denoise", 1) < 1 and not latent_image.any():
+                raise MTEOError("This table starts from a picture, but the latent is empty: connect the latent of a picture, as VAE Encode gives it.")
             sampling = guider.model_patcher.get_model_object("model_sampling")
             asked = (sampling, sampler, sigmas.tolist(), self.cfg)
             if asked != self.passed:  # what passed once is not probed again
@@ -218,16 +223,30 @@ def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor,
         asked = read_tableau(sampler, sigmas, sampling, own, cfg)
     except MTEOError as error:
         raise wrong from error
-    size = asked.matrix.shape[0]
-    trained = table.tableau_at(cfg, strength).matrix[:size, :size]
+    calls = min(len(asked.sigmas), len(table.tableau.sigmas))
+    trained = stopped(table.tableau_at(cfg, strength), calls, float(sigmas[-1]))
     if trained.shape != asked.matrix.shape or not (asked.matrix - trained).abs().max() <= SAME_SOLVER * trained.abs().max():
         raise wrong
 
 
 def require_guider(table: Table, guider) -> None:
-    """MTEOError where some calls ask for the prompt alone and the guider has another rule than one cfg for two branches."""
+    """MTEOError where some calls ask for the prompt alone and the guider, or a node on the model, has another rule than one cfg for two branches; a warning
+    where a node may change the guidance of the others."""
     if table.alone and type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
         raise MTEOError(f"This table guides in some steps only, which {type(guider).__name__} cannot: use MTEO KSampler, SamplerCustom or CFGGuider.")
+    overridden = guider.model_patcher.get_all_wrappers(WrappersMP.PREDICT_NOISE)
+    if overridden and table.alone:
+        raise MTEOError("This table guides in some steps only, and a node on the model, such as CFG Override, changes the guidance: remove that node.")
+    if overridden or (table.alone and guider.model_options.get("sampler_pre_cfg_function")):
+        logging.warning("MTEO: a node on the model, such as CFG Override or APG, may change the guidance in a way that this table was not trained for.")
+
+
+def warn_of_cfg(table: Table, cfg: float) -> None:
+    """A warning where cfg is beyond the values that the table was trained for."""
+    low, high = table.guidance[0], table.guidance[-1]
+    if not low <= cfg <= high:
+        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        logging.warning(f"MTEO: cfg is {cfg:g}, and this table was trained for {trained}: what it learned at the nearest value acts.")
 
 
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):

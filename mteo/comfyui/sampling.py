@@ -8,7 +8,7 @@ import torch
 
 from ..embeddings import Embeddings
 from ..errors import MTEOError
-from .patch import apply_embeddings, choose_table
+from .patch import apply_embeddings
 from .solver import table_sampler
 
 
@@ -43,7 +43,7 @@ def sample_latent(
 ) -> dict:
     """A LATENT. Mask, batch index and ratios travel in `latent`. negative may be missing at cfg 1, where it is not used.
 
-    A table that was trained with denoise below 1 starts from the picture in `latent`; MTEOError where there is none.
+    A table that was trained with denoise below 1 starts from the picture in `latent`.
     end_step below K stops early: with return_with_leftover_noise the noisy latent, without it the model's last denoised.
     """
     patched, sampler, sigmas = applied(model, embeddings, steps, strength, off_grid)
@@ -53,8 +53,6 @@ def sample_latent(
     if not 0 <= start_step < min(end_step, total):
         raise MTEOError(f"start_step is {start_step}: give a step from 0 to {min(end_step, total) - 1}, below end_step.")
     samples = samples_for(model, latent)
-    if choose_table(embeddings, steps).record.get("recipe", {}).get("denoise", 1) < 1 and not samples.any():
-        raise MTEOError("This table starts from a picture, but latent_image is empty: connect the latent of a picture, as VAE Encode gives it.")
     sigmas = sigmas[start_step : end_step + 1]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if add_noise else torch.zeros_like(samples, device="cpu")
     x0 = {}

@@ -93,7 +93,8 @@ class Session:
             part, items = x[rows], item[own].tolist()
             self._guider.conds["positive"] = stack(self._prompts, items) if self._stackable else self._prompts[items[0]]
             self._guider.cfg = key[0]
-            sigmas = (sigma * part.new_ones(len(part))).to(part.dtype).to(self._computing)
+            own_sigma = sigma.to(part) if torch.is_tensor(sigma) else sigma  # a learned one is float64, of which Apple's cards know nothing
+            sigmas = (own_sigma * part.new_ones(len(part))).to(self._computing)
             with short_floats(self._computing), told(self._guider, sigma if row is None and isinstance(sigma, float) else row):
                 pieces.append(self._wrap(part.to(self._computing), sigmas, **self._extra).to(x.device))
             order.append(own)

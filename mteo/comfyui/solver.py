@@ -9,7 +9,7 @@ from tqdm.auto import trange
 from ..embeddings import Table
 from ..errors import MTEOError
 from ..schedule import SAME_SIGMA, require_schedule
-from ..tableau import MAX_CALLS, Tableau, combine, probe
+from ..tableau import MAX_CALLS, Tableau, combine, probe, stopped
 
 KEY = "mteo"  # what is under it in a MODEL is the pack's
 OWN = "mteo"  # the name of a SAMPLER that runs a table of coefficients
@@ -78,7 +78,7 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
 def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider) on `schedule` [K + 1], and no other; the calls `alone` ask for the prompt
     alone, as cfg 1 does. places [N]: where in the schedule each call is, whatever σ the table tells there; a schedule that ends early stops at the last call
-    with its last σ."""
+    with its last σ (`stopped`)."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         require_schedule(schedule, sigmas.tolist())
@@ -86,7 +86,7 @@ def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[floa
         cfg = cfg_of(guider)
         tableau = tableau_at(cfg)
         calls = max((call for call, sigma in enumerate(places) if abs(sigma - last) <= SAME_SIGMA * last), default=len(places))
-        terms, matrix = [x if getattr(guider, "linear", False) else tableau.begun(x)], tableau.matrix
+        terms, matrix = [x if getattr(guider, "linear", False) else tableau.begun(x)], stopped(tableau, calls, last)
         told_sigmas = tableau.sigmas.to(x)  # all at once: each copy to a graphics card waits for what is under way there
 
         x = combine(matrix[0], terms)
@@ -99,7 +99,7 @@ def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[floa
             if call + 1 == len(places):
                 shown = after = kept(model, after, sigma * ones, sigmas, **extra_args)
             if callback is not None:
-                callback({"x": x, "i": call, "sigma": sigma, "sigma_hat": sigma, "denoised": shown, "steps": calls})
+                callback({"x": x, "i": call * (len(sigmas) - 1) // calls, "sigma": sigma, "sigma_hat": sigma, "denoised": shown, "steps": len(sigmas) - 1})
             x = after
         return x
 

@@ -3,6 +3,7 @@
 The node and the headless trainer both call `distill_model`.
 """
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -343,8 +344,8 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
 
 
 class RunFolder:
-    """What a run leaves on disk: run.json, start.safetensors, teacher/*.safetensors, table.safetensors; for each cfg value, by its number in the recipe,
-    state-N.pt and log-N.jsonl. None = nowhere."""
+    """What a run leaves on disk: run.json, start.safetensors, table.safetensors, until that is done teacher/*.safetensors; for each cfg value, by its number
+    in the recipe, state-N.pt and log-N.jsonl. None = nowhere."""
 
     def __init__(self, folder: Path | None, run: dict):
         self.folder, self.note = folder and Path(folder), json.dumps(run, sort_keys=True, indent=1)
@@ -353,7 +354,7 @@ class RunFolder:
         own = self.folder / "run.json"
         if own.is_file() and own.read_text() != self.note:
             raise MTEOError(f"The run folder {self.folder.name} belongs to a run with another recipe, model or prompts: choose another folder or delete it.")
-        (self.folder / "teacher").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not own.is_file():
             own.with_suffix(".new").write_text(self.note)
             own.with_suffix(".new").replace(own)
@@ -367,6 +368,7 @@ class RunFolder:
 
     def write_chunk(self, stream: int, number: int, chunk: int, part: Trajectories) -> None:
         if self.folder:
+            (self.folder / "teacher").mkdir(exist_ok=True)
             save_trajectories(part, self.chunk(stream, number, chunk), self.note)
 
     def read_state(self, number: int) -> State | None:
@@ -388,7 +390,10 @@ class RunFolder:
         return self._read("table.safetensors")
 
     def finish(self, embeddings: Embeddings) -> None:
+        """The teacher's pictures, which may be gigabytes, are of no more use."""
         self._write("table.safetensors", embeddings)
+        if self.folder:
+            shutil.rmtree(self.folder / "teacher", ignore_errors=True)
 
     def _read(self, name: str) -> Embeddings | None:
         return load_embeddings(self.folder / name) if self.folder and (self.folder / name).is_file() else None

@@ -31,12 +31,13 @@ def run(arguments: list[str]) -> dict:
     rows = {}
     for ground in grounds(told, planned(told)):
         about["judge"] = ground.judge.name
-        rows = rows or rows_before(name, about)
-        of_cfg = rows.setdefault(f"cfg {ground.cfg:g}", {})
         for steps in sorted(told.steps):
-            row, ways = of_cfg.setdefault(str(steps), {}), Ways(ground, steps)
+            ways = Ways(ground, steps)
             for way in names:
-                row[way] = {measure: round(value, 4) for measure, value in set_of(ways, way).row.items()}
+                made = {measure: round(value, 4) for measure, value in set_of(ways, way).row.items()}
+                rows = rows_before(name, about)  # anew: another process may have written
+                row = rows.setdefault(f"cfg {ground.cfg:g}", {}).setdefault(str(steps), {})
+                row[way] = made
                 write_result(name, about | keys_of(rows) | dict(rows=rows))
             shown = "  ".join(f"{way} {own['fd']:.4f}/{own['error pooled']:.4f}" for way, own in row.items())
             print(f"cfg {ground.cfg:g}, {steps}: {shown}", flush=True)

@@ -44,6 +44,7 @@ from .parts import (
 FINE_TUNES = {"ink": ("--style", "ink"), "96 pixels": ("--size", "96")}
 SIZES = {"96 pixels": 96}
 RANK = 16  # of the LoRA
+GUIDANCE = 1.9  # inside the fine-tunes' answers, as in the base's last images
 OTHER_CFGS = (2.5, 7.0)  # between and beyond those of the table
 PLAIN, BASE, OWN = "plain, best named", "the base's table", "its own table"
 
@@ -82,12 +83,13 @@ def run(arguments: list[str]) -> dict:
     parser.add_argument("--pictures", type=int, default=256, help="training pairs of a model's own table, at each cfg")
     parser.add_argument("--iterations", type=int, default=40, help="optimiser steps of it")
     parser.add_argument("--images", type=int, default=16_000, help="scenes that a fine-tune sees")
-    parser.add_argument("--guidance", type=float, default=1.9, help="cfg inside the fine-tune's answers, as in the base's last images")
+    parser.add_argument("--guidance", type=float, default=GUIDANCE, help="cfg inside the fine-tunes' answers")
     parser.add_argument("--compile", action="store_true", help="fine-tune in half the time, where a C++ compiler is at hand")
     told = parser.parse_args(arguments)
     table = table_file(told.model)
     embeddings = load_embeddings(table)
-    folder = ROOT / "runs" / "bench" / f"generality-{name_of(weights_file(told.model))}-{told.images}-{told.test}-{told.validation}"
+    numbers = "-".join(str(number) for number in (told.images, told.test, told.validation, *[told.guidance] * (told.guidance != GUIDANCE)))
+    folder = ROOT / "runs" / "bench" / f"generality-{name_of(weights_file(told.model))}-{numbers}"
     rows, prints = {}, {}
     for relative in relatives(told, folder):
         prints[relative.name] = difference(model_fingerprint(relative.model, list(embeddings.model["fingerprint"])), embeddings.model["fingerprint"])
@@ -104,7 +106,7 @@ def run(arguments: list[str]) -> dict:
         | dict(
             weights=name_of(weights_file(told.model)),
             table=name_of(table),
-            told={name: getattr(told, name) for name in ("test", "pictures", "iterations", "images")},
+            told={name: getattr(told, name) for name in ("test", "validation", "pictures", "iterations", "images", "guidance")},
             weights_differ={name: round(value, 4) for name, value in prints.items()},
             rows=rows,
         ),

@@ -72,15 +72,16 @@ def run(arguments: list[str]) -> dict:
         return ground.judged(name, lambda: ends_of(ground.own, ground.pairs, table.tables[recipe.steps].tableau_at(cfg), table))
 
     floor = ground.judged(f"teacher-{cfg:g}", lambda: ground.pairs.end)
-    rows = rows_before(file, about) | {"teacher": dict(evaluations=2 * TEACHER_STEPS) | floor.row}
+    own = {"teacher": dict(evaluations=2 * TEACHER_STEPS) | floor.row}
     for name in told.only:
         evaluations = recipe_of(name, told).evaluations(cfg)
-        rows |= {of_seed(name, seed): dict(evaluations=evaluations) | judged(name, seed).row for seed in range(told.seeds)}
+        own |= {of_seed(name, seed): dict(evaluations=evaluations) | judged(name, seed).row for seed in range(told.seeds)}
+    rows = rows_before(file, about) | own  # as late as can be: another process may have written
     show(rows)
     result = keys_of(rows)
     single, pairs = ([judged(name, seed).made for seed in seeds_of(rows, name)] for name in (SINGLE, PAIRS))
     if single and pairs:
-        low, high = ratio_above(single, pairs, floor.made, ground.judge.other["features"])
+        low, high = ratio_above(single, pairs, floor.made, ground.judge.other["features"].cpu())
         result |= dict(folded_vs_pairs_low=round(low, 4), folded_vs_pairs_high=round(high, 4))
     shares = ground.stage(f"guided-shares-{cfg:g}", guidance_shares, ground.seen, cfg)
     result["share_of_guidance"] = {f"{sigma:.4g}": round(share, 4) for sigma, share in shares.items()}

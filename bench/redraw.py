@@ -54,7 +54,8 @@ def run(arguments: list[str]) -> dict:
             key: [round(value, 4) for value in paired_bootstrap_ratio(mteo, other)] for key, other in (("named", best), ("free", rival))
         }
         print(f"cfg {cfg:g}: {rows[f'cfg {cfg:g}']}", flush=True)
-    result = {f"ratio_{key}{end}": max(by[key][i] for by in ratios.values()) for key in ("named", "free") for i, end in enumerate(("", "_low", "_high"))}
+    worst = {key: max(by[key] for by in ratios.values()) for key in ("named", "free")}
+    result = {f"ratio_{key}{end}": value for key, values in worst.items() for end, value in zip(("", "_low", "_high"), values, strict=True)}
     write_result("redraw-unet", result | dict(denoise=denoise, weights=weights, table=name_of(told.table), by_cfg=ratios, rows=rows))
     return result
 

@@ -209,7 +209,7 @@ def first_rates(denoise, solver, parameters: dict[str, torch.Tensor], pairs: Tra
 
 def step_adam(parameters, gradients, state: State, recipe: Recipe, total: int) -> None:
     """Adam with a cosine rate and one clip over all sites; the averaged offsets follow."""
-    gradients = [gradient.nan_to_num(0.0) for gradient in gradients]
+    gradients = [gradient.nan_to_num(0.0, 0.0, 0.0) for gradient in gradients]
     norm = torch.stack([g.cpu().double().norm() for g in gradients]).norm()  # float32's last bit would go with where a tensor lies in memory
     scale = (recipe.clip / (norm + 1e-12)).clamp(max=1.0).float()
     count = state.iteration + 1

@@ -29,7 +29,7 @@ class Table:
     solver: a ComfyUI sampler's name with its options; tableau: its own coefficients, the first call at sigmas[0] or below it (`started_at`).
     guidance: the G cfg values, rising. offsets: site path -> [G, R, D].
     learned: the solver as sampled at each cfg value, with σ and coefficients of its own, None = `tableau` at all; then sigmas and tableau,
-        whose σ and mean are the means of theirs, only say where in the schedule a call is, and what strength 0 is.
+        whose σ and mean are the means of those that the search found, only say where in the schedule a call is, and what strength 0 is.
     record: how it was trained (JSON).
     guided: which rows, from 1, evaluate the cfg pair; at the others the prompt is evaluated alone, whatever the cfg.
     """

@@ -28,7 +28,9 @@ class Tableau:
         """x_T [B, C, …] moved so that row 0 times it is the step from x_T to the first call with D = mean: r·x_T + (1 − r)·mean, r = σ_0 ÷ σ of x_T."""
         if self.mean is None:
             return x
-        return x + (1 / float(self.matrix[0, 0].detach()) - 1) * self.mean.to(x).view(-1, *[1] * (x.dim() - 2))  # row 0 is r, and not learned
+        share = self.matrix[0, 0]  # r, which moves where the σ are learned
+        share = share.to(x) if share.requires_grad else float(share)
+        return x + (1 / share - 1) * self.mean.to(x).view(-1, *[1] * (x.dim() - 2))
 
     @property
     def schedule(self) -> torch.Tensor:

@@ -149,6 +149,22 @@ def test_a_gain_scales_what_a_normalisation_puts_out_with_and_without_a_gradient
         assert torch.equal(norm(x), told)
 
 
+def test_learned_sigmas_get_the_gradient_of_the_step_from_the_mean():
+    """The first call's σ also says how far the step for nothing goes; against differences."""
+    from mteo.coefficients import SIGMAS, corrected
+    from mteo.gridsearch import student_start
+    from mteo.tableau import execute
+
+    model, start = Mixture(), student_start(14.6, [6.0, 2.5, 1.2, 0.5], torch.tensor([1.0]))
+    x = model.start(64, 14.6).double()[:, None]
+    loss = lambda moves: execute(corrected(start, {SIGMAS: moves}), lambda y, call, sigma: model.denoise(y[:, 0], sigma)[:, None], x).square().mean()
+    moves = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    [slope] = torch.autograd.grad(loss(moves), moves)
+    far = 1e-5 * torch.eye(4, dtype=torch.float64)
+    differences = torch.stack([(loss(one) - loss(-one)) / 2e-5 for one in far])
+    assert torch.allclose(slope, differences, rtol=1e-3, atol=1e-6)
+
+
 def test_grids_of_a_flow_model_compare_by_noise_to_signal():
     from mteo.gridsearch import levels
     from mteo.schedule import HIGHEST, karras, ratio_of, refined

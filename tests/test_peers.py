@@ -200,6 +200,19 @@ def test_a_followed_time_is_the_models_own_and_has_the_slope_between_its_steps(s
     session_of(work)
 
 
+def test_a_continuous_models_time_is_its_own_function(comfyui_root):
+    """EDM's has log_sigmas as well, for compatibility only."""
+    from comfy.model_sampling import ModelSamplingContinuousEDM
+
+    from mteo.comfyui.times import following, time_of
+
+    sampling, sigma = ModelSamplingContinuousEDM(), torch.tensor([3.0], requires_grad=True)
+    with following(sampling, sigma):
+        for time in (sampling.timestep(sigma), time_of(sampling, sigma)):
+            assert float(time) == pytest.approx(0.25 * float(sigma.detach().log()))
+            assert float(torch.autograd.grad(time, sigma)[0]) == pytest.approx(0.25 / 3)
+
+
 def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
     from bench.peers.lab import Lab
     from mteo.comfyui.times import telling, time_of

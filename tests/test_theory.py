@@ -64,12 +64,13 @@ def test_the_end_error_is_the_sum_of_what_each_step_adds_carried_along_the_flow(
 
 
 def test_the_gain_that_an_error_meets_is_not_the_largest_possible():
-    """§2: between modes the flow tears neighbours apart, almost everywhere it draws them together: expected gain < 1 < Lipschitz constant."""
+    """§2: between modes the flow tears neighbours apart, almost everywhere it draws them together: mean gain < 1 < Lipschitz constant; the root of its
+    mean square is ruled by the few."""
     model = Mixture()
     x = model.start(4096, 3.0)
     small = 1e-4 * torch.nn.functional.normalize(torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64), dim=1)
     gain = (model.flow(x + small, 3.0, 0.0) - model.flow(x, 3.0, 0.0)).norm(dim=1) / 1e-4
-    assert gain.max() > 10 and gain.median() < 0.2
+    assert gain.max() > 10 and gain.median() < 0.2 and gain.mean() < 0.5 and gain.square().mean().sqrt() > 4 * gain.median()
 
 
 def spectrum(size: int = 32) -> torch.Tensor:
@@ -165,7 +166,7 @@ def test_the_right_conditioning_depends_on_the_scale_so_each_layer_needs_its_own
 
 
 def test_end_to_end_leaves_less_than_step_by_step():
-    """§5: step by step no later step can make good what an earlier one did."""
+    """§5: step by step no step gives up its own target for the end's sake."""
     known = {(3, 1): (0.0174, 0.0070), (3, 4): (0.0049, 0.0010), (4, 1): (0.0082, 0.0030), (4, 4): (0.0023, 0.0004)}
     for (steps, bands), figures in known.items():
         greedy, whole = trained(steps, bands, greedy=True), trained(steps, bands, greedy=False)

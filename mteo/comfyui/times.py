@@ -2,11 +2,17 @@
 from contextlib import contextmanager
 
 import torch
+from comfy.model_sampling import ModelSamplingDiscrete
+
+
+def is_discrete(sampling) -> bool:
+    """Whether the time is the number of the nearest of the model's steps; else it is a function of σ (flow, EDM)."""
+    return type(sampling).timestep is ModelSamplingDiscrete.timestep
 
 
 def time_of(sampling, sigma: torch.Tensor) -> torch.Tensor:
     """timestep(σ), between the model's discrete steps too and differentiable: linear in ln σ, as its own inverse `sigma(t)` is."""
-    if not hasattr(sampling, "log_sigmas"):
+    if not is_discrete(sampling):
         return sampling.timestep(sigma)
     grid, at = sampling.log_sigmas, sigma.to(sampling.log_sigmas).log()
     low = (torch.searchsorted(grid, at.detach()) - 1).clamp(0, len(grid) - 2)
@@ -27,7 +33,7 @@ def telling(sampling, told):
 @contextmanager
 def following(sampling, sigma):
     """Inside, the time that the network reads is the model's own at σ, rounded as it rounds, and has the slope of `time_of` where σ is being learned."""
-    if not (torch.is_tensor(sigma) and sigma.requires_grad and hasattr(sampling, "log_sigmas")):
+    if not (torch.is_tensor(sigma) and sigma.requires_grad and is_discrete(sampling)):
         yield
         return
     own = sampling.timestep

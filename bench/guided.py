@@ -138,7 +138,7 @@ def guidance_shares(seen: Parts, cfg: float, steps: int = 6) -> dict[float, floa
     alone = replace(pairs, guidance=torch.ones_like(pairs.guidance))
 
     def work(session):
-        shares, offsets = {}, session.patch.offsets
+        shares, offsets, session.short = {}, session.patch.offsets, False  # what guidance adds at the largest σ bfloat16 would round away
         for sigma, x in zip(grid.tolist(), [pairs.start, *pairs.states.unbind(1)], strict=False):
             offsets.scale = 0.0
             with torch.no_grad():

@@ -4,10 +4,11 @@ from functools import partial
 
 import torch
 
-from ..coefficients import SOLVERS, corrected, learned_of, moves_sigmas
+from ..coefficients import SIGMAS, SOLVERS, corrected, learned_of, moves_sigmas
 from ..diagnose import offsets_share, row_error
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
+from ..gradient import recomputed
 from ..gridsearch import Plain, no_progress, search_grid
 from ..metrics import by_frequency, nrmse
 from ..recipe import FREE, Recipe
@@ -18,6 +19,7 @@ from .conditions import require_trainable
 from .patch import choose_table
 from .session import Session, private_copy, run_session, training_mode
 from .solver import named_sampler, read_tableau
+from .times import telling
 from .training import SEARCH, denoise_of, gather, named_grid, refined_of, start_sigma, teacher_sigmas, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
@@ -113,10 +115,17 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
 
 
 def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs: Trajectories, progress):
-    def ends(part: torch.Tensor, learned: dict[str, torch.Tensor]) -> torch.Tensor:
+    answer, session.short = denoise_of(session, patch.table.alone, tableau), False  # what a small move changes, bfloat16 would round away
+
+    def smooth(x: torch.Tensor, call: int, sigma, batch: Trajectories) -> torch.Tensor:
+        """With the time between the model's discrete steps: where σ is learned, a small move of it has to be seen."""
+        with telling(session.sampling, sigma if SIGMAS in zero else None):
+            return answer(x, call, sigma, batch)
+
+    def ends(part: torch.Tensor, learned: dict[str, torch.Tensor], recompute: bool = False) -> torch.Tensor:
         patch.offsets.replace({path: value for path, value in learned.items() if path not in SOLVERS})
-        own = pairs.part(part)
-        return execute(corrected(tableau, learned, session.flow), partial(denoise_of(session, patch.table.alone, tableau), batch=own), own.start)
+        own, denoise = pairs.part(part), partial(recomputed, smooth) if recompute else smooth
+        return execute(corrected(tableau, learned, session.flow), partial(denoise, batch=own), own.start)
 
     zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | learned_of(recipe, tableau)
     return offsets_share(ends, zero, pairs.end, progress=progress)

@@ -32,10 +32,10 @@ def is_flow(sampling) -> bool:
     return isinstance(sampling, comfy.model_sampling.CONST)
 
 
-def short_floats(device: torch.device):
+def short_floats(device: torch.device, wanted: bool = True):
     """Inside, a processor that multiplies bfloat16 itself (AVX-512 BF16, with or without AMX) does so: 1.8 to 3.5 times as many evaluations of the reference
     models a second, each .2 % to 1.4 % off float32's answer. A graphics card computes as ComfyUI chose."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=device.type == "cpu" and multiplies_bfloat16())
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted and device.type == "cpu" and multiplies_bfloat16())
 
 
 class Session:
@@ -45,6 +45,7 @@ class Session:
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device, self._computing = latent, latent.device, latent.device
         self._together = sys.maxsize  # pictures that are evaluated at once, at most
+        self.short = True  # whether a processor that multiplies bfloat16 does so
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
         self.flow = is_flow(self.sampling)
         self.patch = guider.model_patcher.get_attachment(KEY)  # the table on the model, if there is one
@@ -95,7 +96,7 @@ class Session:
             self._guider.cfg = key[0]
             own_sigma = sigma.to(part) if torch.is_tensor(sigma) else sigma  # a learned one is float64, of which Apple's cards know nothing
             sigmas = (own_sigma * part.new_ones(len(part))).to(self._computing)
-            with short_floats(self._computing), told(self._guider, sigma if row is None and isinstance(sigma, float) else row):
+            with short_floats(self._computing, self.short), told(self._guider, sigma if row is None and isinstance(sigma, float) else row):
                 pieces.append(self._wrap(part.to(self._computing), sigmas, **self._extra).to(x.device))
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]

@@ -215,7 +215,7 @@ def test_a_continuous_models_time_is_its_own_function(comfyui_root):
 
 def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
     from bench.peers.lab import Lab
-    from mteo.comfyui.times import telling, time_of
+    from mteo.comfyui.times import following, telling, time_of
     from mteo.teacher import Trajectories
 
     def work(session):
@@ -230,6 +230,9 @@ def test_a_told_time_is_the_networks_and_has_a_gradient(session_of):
         assert not torch.allclose(answer, lab.denoise(start, 3.0, pairs)) and lab.spent == 8
         with telling(sampling, torch.tensor([3.0, 2.0])):  # each row its own, for both branches of a pair
             assert sampling.timestep(torch.ones(4)).tolist() == [float(time_of(sampling, torch.tensor(one))) for one in (3.0, 2.0, 3.0, 2.0)]
+            with following(sampling, told):
+                assert sampling.timestep(told.expand(2)).requires_grad
+            assert sampling.timestep(torch.ones(2)).tolist() == [float(time_of(sampling, torch.tensor(one))) for one in (3.0, 2.0)], "the outer one again"
         assert float(sampling.timestep(torch.tensor(3.0))) == pytest.approx(float(time_of(sampling, torch.tensor(3.0))), abs=1)
 
     session_of(work)

@@ -49,8 +49,12 @@ def following(sampling, sigma):
 @contextmanager
 def reading(sampling, timestep):
     """Inside, this is sampling.timestep."""
+    before = vars(sampling).get("timestep")  # None: the class's own
     sampling.timestep = timestep
     try:
         yield
     finally:
-        del sampling.timestep  # the class's own again
+        if before is None:
+            del sampling.timestep
+        else:
+            sampling.timestep = before

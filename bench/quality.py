@@ -56,7 +56,7 @@ def planned(told) -> int:
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
     trainings = len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)
-    trained = trainings * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + told.bound + told.lcm + 2 * STEPS * told.count
+    trained = trainings * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + 2 * told.bound + told.lcm + 2 * STEPS * told.count
     return round(sum(one * (1 if cfg == 1 else 2) + (trained if told.peers else 0) for cfg in told.cfg))
 
 
@@ -102,7 +102,8 @@ def nearest_of(rows: dict, fd=lambda row: row["fd"]) -> dict:
 def keys_of(result: dict, intervals: dict) -> dict:
     """The worse cfg of each: recall ÷ the teacher's, spectrum and diversity of MTEO, the largest number of plain evaluations that it, with all fewer ones, is
     not behind in Fréchet distance (0: of none), with interval; with peers the largest ratio of a table at their cost to one of them (means over seeds), none
-    of which has its first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to SFD."""
+    of which has its first step for nothing, the same where all have, each with its interval, and the share of the way from the plain sampler to
+    the nearest of SFD's."""
     def of_set(row: dict, teacher: dict, nearest: dict[int, dict]) -> dict:
         return dict(
             plain_steps_matched=matched(row["fd"], {steps: other["fd"] for steps, other in nearest.items()}),
@@ -119,14 +120,14 @@ def keys_of(result: dict, intervals: dict) -> dict:
         keys[cfg] = own = of_set(mteo, teacher, nearest) | dict(fd_floor=teacher["fd"], fd_free_3=free["fd"])
         if guided := rows.get(GUIDED):
             own |= {f"guided_{key}": value for key, value in of_set(guided, teacher, nearest).items()}
-        if bound := rows.get(f"{SFD}, 3"):
+        if bounds := [row for name, row in rows.items() if name.startswith(SFD)]:
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 for analytic in ("", methods.ANALYTIC):
                     own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(
                         over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic)
                     )
-                start = plain[STEPS][measure]
-                own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound[measure]) for name, row in (("", mteo), ("guided_", guided)) if row}
+                start, bound = plain[STEPS][measure], min(row[measure] for row in bounds)
+                own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound) for name, row in (("", mteo), ("guided_", guided)) if row}
     lowest = ("plain_steps_matched", "plain_steps_matched_low", "plain_steps_matched_high", "diversity", "recall", "gap_closed_fd", "gap_closed_error")
     for cfg, own in keys.items():
         own |= {f"{name}_{end}": bound for name, interval in intervals[cfg].items() for end, bound in zip(("low", "high"), interval, strict=True)}
@@ -170,7 +171,7 @@ def plot(result: dict, path: Path) -> None:
             strict=True,
         ):
             values = {name: max(row[measure] - floor, 1e-4) for name, row in sorted(rows.items(), key=lambda entry: -entry[1][measure])}
-            colours = ["tab:red" if name.startswith("MTEO") else "black" if name in (SFD, LCM) else "tab:blue" for name in values]
+            colours = ["tab:red" if name.startswith("MTEO") else "black" if name.startswith((SFD, LCM)) else "tab:blue" for name in values]
             axis.scatter(list(values.values()), list(values), c=colours, zorder=2)
             more = {steps: row for steps, row in plain_of(result[cfg]).items() if steps != STEPS}
             for number, (steps, row) in enumerate(more.items()):

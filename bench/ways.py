@@ -38,17 +38,15 @@ class Ways:
         self.own, self.seen, self.stage, self.judged = ground.own, ground.seen, ground.stage, ground.judged
         self.tag = "" if steps == STEPS else f"-{steps}-steps"  # of the stages that are of these steps alone
 
-    @cached_property
-    def sigmas(self) -> list[float]:
+    def sigmas(self, analytic: str) -> list[float]:
         """The grid of SFD."""
-        return methods.start_grids(self.seen.model.get_model_object("model_sampling"), SFD, self.plain, self.steps)[0]
+        return methods.start_grids(self.seen.model.get_model_object("model_sampling"), SFD + analytic, self.plain, self.steps)[0]
 
-    @cached_property
-    def through(self) -> Trajectories:
+    def through(self, analytic: str = "") -> Trajectories:
         """The bounds' training pairs, with the teacher's states at SFD's inner σ: as large a share of its evaluations as a table's."""
-        branches, through = 1 if self.cfg == 1 else 2, tuple(self.sigmas)
+        branches, through = 1 if self.cfg == 1 else 2, tuple(self.sigmas(analytic))
         count = max(round(TEACHER_SHARE * self.told.bound / TEACHER_STEPS / branches), 3 * self.told.pairs)
-        return self.stage(f"bound-train-{self.cfg:g}-{count}{self.tag}", teacher_pairs, self.seen, count, self.cfg, 2006, TEACHER_STEPS, through)
+        return self.stage(f"bound-train{analytic}-{self.cfg:g}-{count}{self.tag}", teacher_pairs, self.seen, count, self.cfg, 2006, TEACHER_STEPS, through)
 
     @cached_property
     def plain(self) -> dict[int, dict]:
@@ -100,18 +98,25 @@ class Ways:
         return made
 
     def bound_sets(self) -> dict[str, Judged]:
-        """SFD and LCM-LoRA, which change the weights."""
-        made, name = {seeded(SFD, self.steps): self.bound_set()} if self.told.bound else {}, lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0"
+        """SFD and LCM-LoRA, which change the weights; SFD with its last weights, too: those with the least error need not be the nearest as a set."""
+        name, made = lambda of: f"{of}-{self.cfg:g}-{self.told.lcm}-{self.told.pairs}-0", {}
+        for analytic in ("", methods.ANALYTIC) if self.told.bound else ():
+            for which, last in (("weights", ""), ("last", ", last")):
+                made[seeded(SFD + analytic + last, self.steps)] = self.bound_set(analytic, which)
         if self.told.lcm:
-            updates = lambda: self.stage(name("lcm"), methods.low_rank, self.seen, self.through.part(slice(0, 3 * self.told.pairs)), self.told.lcm, 0)
+            updates = lambda: self.stage(name("lcm"), methods.low_rank, self.seen, self.through().part(slice(0, 3 * self.told.pairs)), self.told.lcm, 0)
             made[seeded(LCM, self.steps)] = self.judged(name("lcm-ends"), lambda: methods.low_rank_ends(self.own, updates(), self.ground.pairs))
         return made
 
-    def bound_set(self) -> Judged:
+    def bound_set(self, analytic: str = "", which: str = "weights") -> Judged:
         """SFD."""
-        name = lambda of: f"{of}-{self.cfg:g}-{self.told.bound}-{len(self.through)}-0{self.tag}"
-        weights = lambda: self.stage(name("bound"), methods.fine_tune, self.seen, self.sigmas, self.through, self.ground.held_out, self.told.bound, 0)
-        return self.judged(name("bound-ends"), lambda: methods.fine_tuned_ends(self.own, weights(), self.ground.pairs))
+        name = f"{analytic}-{self.cfg:g}-{self.told.bound}-0{self.tag}"
+
+        def trained():
+            asked = self.sigmas(analytic), self.through(analytic), self.ground.held_out, self.told.bound, 0, bool(analytic)
+            return self.stage(f"sfd{name}", methods.fine_tune, self.seen, *asked)
+
+        return self.judged(f"sfd-{which}{name}", lambda: methods.fine_tuned_ends(self.own, trained(), which, self.ground.pairs))
 
     def table_sets(self) -> dict[str, Judged]:
         """Tables that took as many evaluations to make as a peer."""

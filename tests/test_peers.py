@@ -113,7 +113,9 @@ def test_fine_tuning_changes_a_private_copy_only(pairs):
     def work(session):
         lab, sigmas = Lab(session), named_grids(session.sampling, 3)["sgm_uniform"].tolist()
         states = train.end[:, None].expand(-1, 2, -1, -1, -1)  # any target will do here
-        weights, _ = sfd.train(lab, sigmas, replace(train, states=states), held_out, 200, 0, batch=8)
+        for analytic in (False, True):
+            weights, _, last = sfd.train(lab, sigmas, replace(train, states=states), held_out, 200, 0, analytic, batch=8)
+            assert set(weights) == set(last) and sfd.sample(lab, sigmas, analytic, held_out, held_out.start).isfinite().all()
         assert set(weights) <= set(before) and any(not torch.equal(value, before[name]) for name, value in session.network.state_dict().items())
 
     own.session(work)

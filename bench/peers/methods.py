@@ -114,23 +114,24 @@ def ends_of(own, name: str, trained: dict, pairs: Trajectories) -> torch.Tensor:
     return own.session(work)
 
 
-def fine_tune(own, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int) -> dict:
-    """SFD on `sigmas`, through whose inner σ the pairs go: {"sigmas", "weights", "error", "spent"}, as `train`."""
+def fine_tune(own, sigmas: list[float], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, analytic: bool) -> dict:
+    """SFD on `sigmas`, through whose inner σ the pairs go: {"sigmas", "analytic", "weights" (of the least held-out error), "last", "error", "spent"}, as
+    `train`."""
 
     def work(session):
         lab = Lab(session)
-        weights, error = sfd.train(lab, sigmas, pairs, held_out, budget - teacher_cost(pairs), seed)
-        return dict(sigmas=sigmas, weights=weights, error=error, spent=lab.spent + teacher_cost(pairs))
+        weights, error, last = sfd.train(lab, sigmas, pairs, held_out, budget - teacher_cost(pairs), seed, analytic)
+        return dict(sigmas=sigmas, analytic=analytic, weights=weights, last=last, error=error, spent=lab.spent + teacher_cost(pairs))
 
     return own.session(work)
 
 
-def fine_tuned_ends(own, trained: dict, pairs: Trajectories) -> torch.Tensor:
-    """End points of the pairs' starts with SFD's weights, on a private copy."""
+def fine_tuned_ends(own, trained: dict, which: str, pairs: Trajectories) -> torch.Tensor:
+    """End points of the pairs' starts with SFD's "weights" or "last" ones, on a private copy."""
 
     def work(session):
-        session.network.load_state_dict(trained["weights"], strict=False)
-        return in_batches(pairs, lambda part: sfd.sample(Lab(session), trained["sigmas"], part, part.start))
+        session.network.load_state_dict(trained[which], strict=False)
+        return in_batches(pairs, lambda part: sfd.sample(Lab(session), trained["sigmas"], trained["analytic"], part, part.start))
 
     return own.session(work)
 

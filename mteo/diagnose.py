@@ -2,8 +2,8 @@
 
 Shares are cross-fitted: found on one half of the pictures, counted on the other, both ways; 1 = all of it, 0 = none.
 """
+import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -46,38 +46,46 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
 
     ends(part, offsets) -> end points of the pictures `part`, differentiable; with recompute=True it keeps nothing of an evaluation (mteo/gradient.py).
     Gauss–Newton: each round solves the linearised problem by conjugate gradients (`steps`), goes there, and is counted by the end points that the network
-    really gives there, so that no share is promised that only a straight line has. Stopping early is the regulariser: a round takes the iteration that is
-    best on the other halves, and the last round is the last that is better there, the whole way, half or a quarter of it.
+    really gives there, so that no share is promised that only a straight line has. Stopping early is the regulariser: a round takes the iteration whose end
+    points are best on the other halves, and the last round is the last that is better there, the whole way, half or a quarter of it.
     """
     both, room = halves(len(target)), Room(8)
     at, reduction = [dict(offsets), dict(offsets)], {path: 0.0 for path in offsets}
 
-    def missing(half: int, own) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left of the target on the half that is fitted and on the other."""
-        with torch.no_grad():
-            return tuple(target[part] - ends(part, own) for part in both[half])
+    @torch.no_grad()
+    def missing(part: torch.Tensor, own: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What is left of the target."""
+        return target[part] - ends(part, own)
 
-    left = [missing(half, own) for half, own in enumerate(at)]
-    before = sum(energy(rest) for _, rest in left)
+    def beyond(half: int, change: dict[str, torch.Tensor], length: float = 1.0) -> dict[str, torch.Tensor]:
+        return {path: value + length * change[path] for path, value in at[half].items()}
+
+    def counted(own: list[dict[str, torch.Tensor]]) -> float:
+        """What is left of the squared error on the other halves."""
+        error = sum(energy(missing(test, one)) for (_, test), one in zip(both, own, strict=True))
+        return error if math.isfinite(error) else math.inf
+
+    left = [missing(fit, own) for (fit, _), own in zip(both, at, strict=True)]
+    before = counted(at)
     share = [0.0]
     for number in range(rounds):
         found = []
         for half in (0, 1):
-            found.append(steps(ends, both[half], at[half], left[half], target, iterations, room))
+            found.append(steps(ends, both[half][0], at[half], left[half], target, iterations, room))
             if progress is not None:
                 progress("offsets", 2 * number + half + 1, 2 * rounds)
-        taken = min(range(iterations), key=lambda i: found[0][i][1] + found[1][i][1])
-        for length in (1.0, 0.5, 0.25):
-            moved = [{path: value + length * found[half][taken][0][path] for path, value in at[half].items()} for half in (0, 1)]
-            now = [missing(half, own) for half, own in enumerate(moved)]
-            if (one := 1 - sum(energy(rest) for _, rest in now) / before) > share[-1]:
-                break
-        else:
+        errors = [counted([beyond(half, found[half][i][0]) for half in (0, 1)]) for i in range(iterations)]
+        length, error, taken = 1.0, min(errors), errors.index(min(errors))
+        while 1 - error / before <= share[-1] and length > 0.25:
+            length /= 2
+            error = counted([beyond(half, found[half][taken][0], length) for half in (0, 1)])
+        if 1 - error / before <= share[-1]:
             break
-        at, left = moved, now
-        share.append(one)
+        at = [beyond(half, found[half][taken][0], length) for half in (0, 1)]
+        left = [missing(fit, own) for (fit, _), own in zip(both, at, strict=True)]
+        share.append(1 - error / before)
         for half in (0, 1):
-            for path, value in found[half][taken][2].items():
+            for path, value in found[half][taken][1].items():
                 reduction[path] += length * value
     if progress is not None:
         progress("offsets", 2 * rounds, 2 * rounds)
@@ -86,36 +94,28 @@ def offsets_share(ends, offsets: dict[str, torch.Tensor], target: torch.Tensor, 
 
 
 def steps(
-    ends,
-    half: tuple[torch.Tensor, torch.Tensor],
-    offsets: dict[str, torch.Tensor],
-    left: tuple[torch.Tensor, torch.Tensor],
-    target: torch.Tensor,
-    iterations: int,
-    room: Room,
-) -> list[tuple[dict, float, dict]]:
-    """After each iteration: (Δ, what is then left of the other half's squared error to first order, gᵀΔ of each site).
+    ends, part: torch.Tensor, offsets: dict[str, torch.Tensor], left: torch.Tensor, target: torch.Tensor, iterations: int, room: Room
+) -> list[tuple[dict[str, torch.Tensor], dict[str, float]]]:
+    """After each iteration: (Δ, gᵀΔ of each site), for what is `left` of the target of the pictures `part`.
 
     Conjugate gradients on min Σ_i |r_i − J_iΔ|² / |r_i|² (docs/theory.md §3; Hestenes & Stiefel 1952, as CGLS): Jᵀ by a backward pass, J by a finite
     difference; without the weights a few hard pictures rule the sum [26]."""
-    (fit, test), (left, rest), made = half, left, []
-    plain, plain_rest = target[fit] - left, target[test] - rest
+    plain, made = target[part] - left, []
     weight = 1 / left.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, *[1] * (left.dim() - 1))
     weight = weight / weight.mean()
     left = weight * left
-    probe, push = [0.0], partial(pushed, ends, offsets=offsets, spread=float(target.cpu().double().std()))
+    probe, spread = [0.0], float(target.cpu().double().std())
     solution = {path: torch.zeros_like(value) for path, value in offsets.items()}
-    first = gradient = pulled_back(ends, fit, offsets, weight * left, room)
+    first = gradient = pulled_back(ends, part, offsets, weight * left, room)
     way, size = gradient, dot(gradient, gradient)
     for step in range(iterations):
-        moved = weight * push(part=fit, way=way, plain=plain, probe=probe)
+        moved = weight * pushed(ends, part, offsets, way, plain, spread, probe)
         length = size / max(energy(moved), 1e-30)
         solution = {path: value + length * way[path] for path, value in solution.items()}
         left = left - length * moved
-        rest = rest - length * push(part=test, way=way, plain=plain_rest, probe=probe)
-        made.append((solution, energy(rest), {path: dot({path: first[path]}, {path: value}) for path, value in solution.items()}))
+        made.append((solution, {path: dot({path: first[path]}, {path: value}) for path, value in solution.items()}))
         if step + 1 < iterations:
-            gradient = pulled_back(ends, fit, offsets, weight * left, room)
+            gradient = pulled_back(ends, part, offsets, weight * left, room)
             size, last = dot(gradient, gradient), size
             way = {path: gradient[path] + size / max(last, 1e-30) * way[path] for path in way}
     return made

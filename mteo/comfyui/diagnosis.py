@@ -119,7 +119,7 @@ def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs:
 
     def smooth(x: torch.Tensor, call: int, sigma, batch: Trajectories) -> torch.Tensor:
         """With the time between the model's discrete steps: where σ is learned, a small move of it has to be seen."""
-        with telling(session.sampling, sigma if SIGMAS in zero else None):
+        with telling(session.sampling, torch.as_tensor(sigma).detach() if SIGMAS in zero else None):  # its slope comes from `following`
             return answer(x, call, sigma, batch)
 
     def ends(part: torch.Tensor, learned: dict[str, torch.Tensor], recompute: bool = False) -> torch.Tensor:

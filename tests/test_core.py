@@ -227,7 +227,7 @@ def test_moved_sigmas_bring_the_rows_of_the_solver_on_them(flow):
     own = corrected(start, {SIGMAS: moves}, flow)
     wanted = [float(sigma_of(ratio_of(torch.tensor(sigma, dtype=torch.float64), flow) * move.exp(), flow)) for sigma, move in zip(told, far, strict=True)]
     assert own.sigmas.tolist() == pytest.approx(wanted) and own.row_sigmas.tolist() == own.sigmas.tolist()
-    assert torch.allclose(own.matrix, student_start(top, wanted).matrix, atol=1e-12) and float(own.start_sigma) == pytest.approx(top)
+    assert torch.allclose(own.matrix, student_start(top, wanted).matrix, atol=1e-12) and float(own.start_sigma.detach()) == pytest.approx(top)
     assert (torch.autograd.grad(own.matrix[-1].square().sum() + own.sigmas.sum(), moves)[0] != 0).all()
     pushed = corrected(start, {SIGMAS: torch.tensor([9.0, 9.0, 9.0, -1.0])}, flow).sigmas.tolist()
     assert pushed == sorted(pushed, reverse=True) and top > pushed[0] > pushed[1] > pushed[2] > pushed[3] > 0

@@ -194,7 +194,7 @@ def test_a_followed_time_is_the_models_own_and_has_the_slope_between_its_steps(s
         sigma = torch.tensor([3.0], requires_grad=True)
         with following(sampling, sigma):
             read = sampling.timestep(sigma)
-        assert float(read) == float(sampling.timestep(sigma.detach())) != float(time_of(sampling, sigma))
+        assert float(read.detach()) == float(sampling.timestep(sigma.detach())) != float(time_of(sampling, sigma).detach())
         assert torch.autograd.grad(read, sigma)[0] == torch.autograd.grad(time_of(sampling, sigma), sigma)[0] > 0
         with following(sampling, 3.0):
             assert "timestep" not in vars(sampling)
@@ -211,7 +211,7 @@ def test_a_continuous_models_time_is_its_own_function(comfyui_root):
     sampling, sigma = ModelSamplingContinuousEDM(), torch.tensor([3.0], requires_grad=True)
     with following(sampling, sigma):
         for time in (sampling.timestep(sigma), time_of(sampling, sigma)):
-            assert float(time) == pytest.approx(0.25 * float(sigma.detach().log()))
+            assert float(time.detach()) == pytest.approx(0.25 * float(sigma.detach().log()))
             assert float(torch.autograd.grad(time, sigma)[0]) == pytest.approx(0.25 / 3)
 
 

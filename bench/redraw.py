@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> dict:
     told = parser.parse_args(arguments)
     embeddings = load_embeddings(told.table)
     table, weights = embeddings.tables[STEPS], name_of(weights_file("unet"))
-    denoise, start = table.record["recipe"]["denoise"], table.sigmas[0]
+    denoise, start = table.denoise, table.sigmas[0]
     folder = ROOT / "runs" / "bench" / f"redraw-{weights}-{denoise:g}-{told.validation}-{told.test}"
     own = {"validation": parts(2, told.validation, True), "test": parts(3, told.test, True)}
     redrawn, grids_of = partial(teacher_pairs, denoise=denoise), partial(grids_from, denoise=denoise, start=start)

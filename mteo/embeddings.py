@@ -51,6 +51,11 @@ class Table:
         """The calls of the solver that evaluate the prompt alone."""
         return alone_of(self.guided, self.tableau.rows)
 
+    @property
+    def denoise(self) -> float:
+        """1 = samplings start from noise; below it from a picture with noise on it."""
+        return self.record.get("recipe", {}).get("denoise", 1.0)
+
     def shares(self, cfg: float) -> torch.Tensor:
         """[G], sum 1: how much of each trained cfg value is in force at `cfg`, linear between neighbours in cfg ÷ (1 + cfg); 1 at a trained value. Linear in
         cfg is up to a fifth worse (docs/ablations.md)."""

@@ -317,47 +317,6 @@ def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
         assert noisy.std() > early.std() > 0 and not torch.equal(early, whole)
 
 
-def test_stopping_early_leaves_the_noise_that_the_sigmas_say(comfy_objects):
-    """The calls of a table with σ of its own at each cfg value are not at the SIGMAS, which are their mean."""
-    from pathlib import Path
-
-    from mteo.comfyui.sampling import applied, sample_latent
-    from mteo.embeddings import load_embeddings
-
-    model, _, positive, negative = comfy_objects
-    embeddings = load_embeddings(Path(__file__).resolve().parent.parent / "reference" / "tables" / "reference-3steps.safetensors")
-    with torch.inference_mode():
-        latent, seen = {"samples": torch.zeros(1, 32, 8, 8), "downscale_ratio_spacial": 8}, []
-        patched, sampler, sigmas = applied(model, embeddings)
-        sample(patched, positive, negative, sampler, sigmas, callback=lambda step, denoised, x, steps: seen.append(x.clone()))
-        told = embeddings.tables[3].tableau_at(4.0).sigmas
-        early = lambda **more: sample_latent(model, embeddings, latent, 7, positive, negative, cfg=4.0, end_step=2, **more)["samples"]
-        take = lambda **more: model.model.process_latent_in(early(**more))
-        noisy, denoised = take(return_with_leftover_noise=True), take()
-        assert abs(float(told[2] / sigmas[2]) - 1) > 0.1, "else there is nothing to see"
-        assert torch.allclose((noisy - denoised) / sigmas[2], (seen[2] - denoised) / float(told[2]), atol=1e-4)
-
-
-def test_another_guidance_than_the_tables_is_said(comfy_objects, caplog):
-    from pathlib import Path
-
-    from comfy_extras.nodes_custom_sampler import CFGOverride
-
-    from mteo.comfyui.sampling import applied
-    from mteo.embeddings import load_embeddings
-    from mteo.errors import MTEOError
-
-    model, _, positive, negative = comfy_objects
-    tables = Path(__file__).resolve().parent.parent / "reference" / "tables"
-    with torch.inference_mode():
-        guided = applied(CFGOverride.execute(model, 1.0, 0.5, 1.0)[0], load_embeddings(tables / "reference-4steps-guided-1-3.safetensors"))
-        with pytest.raises(MTEOError, match="CFG Override, changes the guidance: remove that node"):
-            sample(guided[0], positive, negative, *guided[1:])
-        assert not caplog.records
-        sample(*(own := applied(model, load_embeddings(tables / "reference-3steps.safetensors")))[:1], positive, negative, *own[1:], cfg=7.0)
-        assert "cfg is 7, and this table was trained for 1 to 4" in caplog.text
-
-
 def test_another_model_sampling_is_refused_by_its_times(comfy_objects):
     import comfy.samplers
 

@@ -48,6 +48,40 @@ def test_both_outputs_of_a_sampler_are_the_picture(parts, no_gradients):
     assert torch.equal(output["samples"], denoised["samples"]) and output["samples"].std() > 0.1
 
 
+def test_stopping_early_leaves_the_noise_that_the_sigmas_say(parts, no_gradients):
+    """The calls of a table with σ of its own at each cfg value are not at the SIGMAS, which are their mean."""
+    import comfy.sample
+
+    from mteo.comfyui.sampling import applied, sample_latent
+
+    model, positives, negative, empty = parts
+    own, seen = table_of(), []
+    patched, sampler, sigmas = applied(model, own)
+    noise, keep = comfy.sample.prepare_noise(empty, 7), lambda step, denoised, x, steps: seen.append(x.clone())
+    comfy.sample.sample_custom(patched, noise, 4.0, sampler, sigmas, positives[0], negative, empty, seed=7, callback=keep)
+    told = own.tables[3].tableau_at(4.0).sigmas
+    early = lambda **more: sample_latent(model, own, dict(samples=empty), 7, positives[0], negative, cfg=4.0, end_step=2, **more)["samples"]
+    take = lambda **more: model.model.process_latent_in(early(**more))
+    noisy, denoised = take(return_with_leftover_noise=True), take()
+    assert abs(float(told[2] / sigmas[2]) - 1) > 0.1, "else there is nothing to see"
+    assert torch.allclose((noisy - denoised) / sigmas[2], (seen[2] - denoised) / float(told[2]), atol=1e-4)
+
+
+def test_another_guidance_than_the_tables_is_said(parts, no_gradients, caplog):
+    from comfy_extras.nodes_custom_sampler import CFGOverride
+
+    from mteo.comfyui.sampling import sample_latent
+    from mteo.errors import MTEOError
+
+    model, positives, negative, empty = parts
+    take = lambda of, table, cfg: sample_latent(of, table_of(table), dict(samples=empty), 7, positives[0], negative, cfg=cfg)
+    with pytest.raises(MTEOError, match="CFG Override, changes the guidance: remove that node"):
+        take(CFGOverride.execute(model, 1.0, 0.5, 1.0)[0], "reference-4steps-guided-1-3", 4.0)
+    assert not caplog.records
+    take(model, "reference-3steps", 7.0)
+    assert "cfg is 7, and this table was trained for 1 to 4" in caplog.text
+
+
 @pytest.mark.parametrize("more", [dict(strength=0.0), dict(off_grid="interpolate"), dict(off_grid="off")])
 def test_a_tables_own_sampler_runs_its_own_schedule_only(parts, no_gradients, more):
     from mteo.comfyui.sampling import sample_latent

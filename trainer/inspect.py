@@ -18,8 +18,7 @@ def describe(path: Path) -> list[str]:
     numbers = lambda values: " ".join(f"{value:.4g}" for value in values)
     lines = [f"{path.name}: {path.stat().st_size:,} bytes, space {embeddings.space}, model {embeddings.model.get('family', '?')}"]
     for steps, table in sorted(embeddings.tables.items()):
-        later = table.record.get("recipe", {}).get("denoise", 1)
-        some = f", image to image at denoise {later:g}" if later < 1 else ""
+        some = f", image to image at denoise {table.denoise:g}" if table.denoise < 1 else ""
         some += f", guided in {numbers(table.guided) or 'no step'} only" if table.alone else ""
         rows = ", rows learned" if table.learned is not None else ""
         lines.append(f"{steps} steps of {table.solver}{rows}; sigmas {numbers(table.sigmas)}; cfg {numbers(table.guidance)}{some}")

@@ -167,7 +167,7 @@ class Patch:
         if self.off_grid != "off":  # as in a training
             warn_of_cfg(self.table, self.cfg)
         if self.off_grid == "error":
-            if self.table.record.get("recipe", {}).get("denoise", 1) < 1 and not latent_image.any():
+            if self.table.denoise < 1 and not latent_image.any():
                 raise MTEOError("This table starts from a picture, but the latent is empty: connect the latent of a picture, as VAE Encode gives it.")
             sampling = guider.model_patcher.get_model_object("model_sampling")
             asked = (sampling, sampler, sigmas.tolist(), self.cfg)

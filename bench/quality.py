@@ -55,8 +55,9 @@ def planned(told) -> int:
     sets = 2 * told.count * TEACHER_STEPS + told.validation * TEACHER_STEPS + told.count * (sum(told.budgets) + 2 * STEPS)
     search = sum(len(SOLVERS) * 10 * told.validation * steps for steps in told.budgets) + STEPS * min(64, told.validation) * (ROUNDS * STEPS * LEVELS + TRIALS)
     one = round(sets + search)
-    trainings = len(methods.NAMES) * told.seeds + 5 * max(told.best, told.seeds)
-    trained = trainings * (told.peers + STEPS * told.count) + len(methods.NAMES) * 0.75 * told.peers + 2 * told.bound + told.lcm + 2 * STEPS * told.count
+    peers = len(methods.NAMES) + 1
+    trainings = peers * told.seeds + 5 * max(told.best, told.seeds)
+    trained = trainings * (told.peers + STEPS * told.count) + peers * 0.75 * told.peers + 2 * told.bound + told.lcm + 2 * STEPS * told.count
     return round(sum(one * (1 if cfg == 1 else 2) + (trained if told.peers else 0) for cfg in told.cfg))
 
 
@@ -68,14 +69,15 @@ def intervals_of(sets: dict[str, Judged], other: torch.Tensor, peers: bool) -> d
     packs = {"": MTEO, "guided_": GUIDED}
     found = {f"{name}plain_steps_matched": matched_interval(sets[row].made, plain, other) for name, row in packs.items() if row in sets}
     for analytic in ("", methods.ANALYTIC) if peers else ():
-        largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(analytic)], other)
+        largest = largest_ratios(made(EQUAL + analytic), [made(name) for name in rivals(sets, analytic)], other)
         found |= {f"vs_peers_{measure}{analytic.replace(', ', '_')}": interval for measure, interval in largest.items()}
     return found
 
 
-def rivals(analytic: str) -> list[str]:
+def rivals(rows: dict, analytic: str) -> list[str]:
     """The peers of the table where nobody, or everybody, has the first step for nothing."""
-    return [name for name in methods.NAMES if name.endswith(methods.ANALYTIC) == bool(analytic)] + [FREE.removesuffix(f", {STEPS}")] * bool(analytic)
+    names = [name for name in (*methods.NAMES, methods.SEEING) if name.endswith(methods.ANALYTIC) == bool(analytic) and seeds_of(rows, name)]
+    return names + [FREE.removesuffix(f", {STEPS}")] * bool(analytic)
 
 
 def seeds_of(rows: dict, name: str) -> list[str]:
@@ -124,7 +126,7 @@ def keys_of(result: dict, intervals: dict) -> dict:
             for key, measure in (("fd", "fd"), ("error", "error pooled")):
                 for analytic in ("", methods.ANALYTIC):
                     own[f"vs_peers_{key}{analytic.replace(', ', '_')}"] = max(
-                        over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(analytic)
+                        over_seeds(rows, EQUAL + analytic, measure) / over_seeds(rows, name, measure) for name in rivals(rows, analytic)
                     )
                 start, bound = plain[STEPS][measure], min(row[measure] for row in bounds)
                 own |= {f"{name}gap_closed_{key}": (start - row[measure]) / (start - bound) for name, row in (("", mteo), ("guided_", guided)) if row}

@@ -143,8 +143,8 @@ class Ways:
         return start, affordable(self.told.peers - spent, self.cfg, seed, steps=self.steps)
 
     def peer_sets(self) -> dict[str, Judged]:
-        best = self.best_peers()
-        return {seeded(name, self.steps, seed): self.peer_set(name, seed) for name in methods.NAMES for seed in range(self.trainings_of(name, best))}
+        best, names = self.best_peers(), (*methods.NAMES, *[methods.SEEING] * (self.cfg != 1))
+        return {seeded(name, self.steps, seed): self.peer_set(name, seed) for name in names for seed in range(self.trainings_of(name, best))}
 
     def peer_set(self, name: str, seed: int) -> Judged:
         return self.judged(f"peer-ends-{self.of(name, seed)}", lambda: methods.ends_of(self.own, name, self.peer(name, seed), self.ground.pairs))

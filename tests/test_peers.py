@@ -83,6 +83,27 @@ def test_a_training_that_betters_nothing_keeps_its_start(pairs):
     own.session(work)
 
 
+def test_a_peer_that_is_trained_by_the_networks_view_looks_more_alike_to_it(pairs):
+    """What is chosen in the second half is by the view; its evaluations count."""
+    from bench.parts import named_grids
+    from bench.peers.lab import Lab
+    from bench.peers.methods import SEEING, method
+    from bench.peers.training import fit, score_of
+
+    own, train, held_out = pairs
+
+    def work(session):
+        lab = Lab(session)
+        peer = method(lab, SEEING, named_grids(session.sampling, 4)["sgm_uniform"].tolist())
+        score = lambda learned, view: score_of(lab, peer.sample, learned, held_out, view)
+        learned, chosen = fit(lab, peer.sample, peer.zero, train, held_out, 800, 0, 0.03, batch=8, **peer.training)
+        assert 800 <= lab.spent < 900 and chosen == pytest.approx(score(learned, peer.training["view"]))
+        unlike = lambda learned: score(learned, 1.0) - score(learned, 0.0)
+        assert unlike(learned) < 0.9 * unlike(peer.zero)
+
+    own.session(work)
+
+
 def test_parallel_steps_are_as_wide_as_the_evaluations_allow():
     from bench.peers.parallel import places_of
 

@@ -20,6 +20,11 @@ class Lab:
         with telling(self.session.sampling, told):
             return self.session.denoise(x, sigma, batch.item, batch.guidance)
 
+    def perceive(self, x: torch.Tensor, noise: torch.Tensor, batch: Trajectories) -> list[torch.Tensor]:
+        """What the network's blocks make of pictures x with `noise` on them (mteo/perception.py), without guidance."""
+        self.spent += len(x) * (2 if torch.is_grad_enabled() else 1)
+        return self.session.perceived(x, noise, batch.item)
+
     def first_slope(self, x: torch.Tensor, batch: Trajectories, analytic: bool) -> torch.Tensor:
         """d = (x − D)/σ at sigma_max; analytic, without an evaluation: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise; x for
         a flow model, which starts at pure noise, where D is the mean of all pictures, 0."""

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from mteo.recipe import Recipe
 from mteo.tableau import execute
 from mteo.teacher import Trajectories
 
@@ -18,8 +19,10 @@ from .training import fit, in_batches
 
 V3 = "DPM-Solver-v3"
 ANALYTIC = ", analytic"  # the first slope costs nothing (`Lab.first_slope`)
+VIEW = " by the network's view"  # no paper's: where there is guidance, trained in its second half for what a table is
 NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", *(name + ANALYTIC for name in (*coefficients.PEERS, "EPD", "AMED")), "GITS", V3)
 BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
+SEEING = "GS" + VIEW + ANALYTIC
 SURE = ("GITS", V3)  # nothing in their training is drawn
 RATES = (0.01, 0.03, 0.1)  # of Adam, the same for all; the best is chosen with a quarter of the budget
 
@@ -37,9 +40,10 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
     """The peer before its training, with as many evaluations as `sigmas`, from `start_grids`, are made for; on them where it has a grid."""
     analytic = name.endswith(ANALYTIC)
     steps = len(sigmas) - 1 - analytic
-    if (base := name.removesuffix(ANALYTIC)) in coefficients.PEERS:
+    if (base := base_of(name)) in coefficients.PEERS:
         freedom = replace(coefficients.PEERS[base], analytic=analytic)
-        return Method(partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), freedom.training)
+        training = freedom.training | (dict(view=Recipe().perception) if VIEW in name else {})
+        return Method(partial(coefficients.sample, lab, freedom, sigmas), coefficients.parameters_of(freedom, sigmas), training)
     if name == "PAS":
         return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(steps), dict(loss="absolute"))
     if name.startswith("EPD"):
@@ -54,11 +58,16 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
     raise ValueError(f"No peer is called {name} with {steps} evaluations: there are {', '.join(NAMES)}, AMED with {amed.EVALUATIONS} only.")
 
 
+def base_of(name: str) -> str:
+    """Without what is said behind it."""
+    return name.removesuffix(ANALYTIC).removesuffix(VIEW)
+
+
 def start_grids(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[list[float]]:
     """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic
     step has a step more. Where that is no nearer than the mean picture (error 1), as one long step to it is, also Euler's best and the model's own time."""
-    base = name.removesuffix(ANALYTIC)
-    steps += base != name
+    base = base_of(name)
+    steps += name.endswith(ANALYTIC)
     nearest = lambda solver: min(plain[steps][solver], key=plain[steps][solver].get)
     own = BASES.get(base, "euler")
     names = [nearest(own)]

@@ -1,6 +1,7 @@
 """How every peer with a gradient is trained: end to end to the teacher's end points, the same for all; what differs are loss and freedom."""
 import torch
 
+from mteo.distill import LATE, SEEN, picture_loss, seen_apart
 from mteo.metrics import nrmse
 from mteo.teacher import Trajectories
 
@@ -9,26 +10,32 @@ from .lab import Lab
 
 
 def fit(lab: Lab, sample, learned: dict[str, torch.Tensor], pairs: Trajectories, held_out: Trajectories, budget: int, seed: int, rate: float,
-        batch: int = 32, loss: str = "squared", ball: float = 0.0, turns: list[set[str]] | None = None) -> tuple[dict[str, torch.Tensor], float]:
+        batch: int = 32, loss: str = "squared", ball: float = 0.0, turns: list[set[str]] | None = None,
+        view: float = 0.0) -> tuple[dict[str, torch.Tensor], float]:
     """(the best `learned` on the held-out pairs, its error) after `budget` evaluations: Adam, rate along a cosine, gradient cut at 1, averaged.
 
     sample(learned, batch, start) -> end points. loss: "squared" or "absolute". ball: a start may move by this share of its noise to meet the teacher's
-    end (LD3's soft target: one step of gradient descent each time it is drawn). turns: sets of names that are learned in turn, ten times.
+    end (LD3's soft target: one step of gradient descent each time it is drawn). turns: sets of names that are learned in turn, ten times. view: in the second
+    half the loss, and the error that chooses, is a table's: how unlike the network finds the pictures, with this weight, beside the mean error of a picture.
     """
     learned = {name: value.clone().requires_grad_(True) for name, value in learned.items()}
     optimiser = torch.optim.Adam(learned.values(), lr=rate, betas=(0.9, 0.99))
     generator, moved, first = torch.Generator().manual_seed(seed), torch.zeros_like(pairs.start), lab.spent
     average = {name: value.detach().clone() for name, value in learned.items()}
     best, checks = (error_of(lab, sample, average, held_out), {name: own.clone() for name, own in average.items()}), 1
-    step = 0
+    spread, step, seeing = float(pairs.end.std()), 0, False
     while (spent := lab.spent - first) < budget:
         step += 1
+        late = view and spent >= (1 - LATE) * budget
         for group in optimiser.param_groups:
             group["lr"] = rate * 0.5 * (1 + torch.cos(torch.tensor(spent / budget * torch.pi)).item())
         index = torch.randint(len(pairs), (batch,), generator=generator)
         part, shift = pairs.part(index), moved[index].requires_grad_(ball > 0)
-        apart = sample(learned, part, part.start + shift) - part.end
-        value = apart.square().mean() if loss == "squared" else apart.abs().mean()
+        end = sample(learned, part, part.start + shift)
+        if late:
+            value = picture_loss(end, part.end) / spread + view * seen_apart(lab.perceive, end, part, torch.randn(end.shape, generator=generator))
+        else:
+            value = (end - part.end).square().mean() if loss == "squared" else (end - part.end).abs().mean()
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         if ball:
@@ -41,9 +48,9 @@ def fit(lab: Lab, sample, learned: dict[str, torch.Tensor], pairs: Trajectories,
             average[name].lerp_(own.detach(), max(0.02, 1 / step))
         if lab.spent - first >= checks * budget / 10:
             checks += 1
-            error = error_of(lab, sample, average, held_out)
-            if error < best[0]:
-                best = error, {name: own.clone() for name, own in average.items()}
+            error = score_of(lab, sample, average, held_out, view) if late else error_of(lab, sample, average, held_out)
+            if error < best[0] or late and not seeing:
+                best, seeing = (error, {name: own.clone() for name, own in average.items()}), late
     return best[1], best[0]
 
 
@@ -66,3 +73,15 @@ def error_of(lab: Lab, sample, learned, pairs: Trajectories) -> float:
     ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
     lab.spent = before
     return nrmse(ends, pairs.end)["pooled"]
+
+
+@torch.no_grad()
+def score_of(lab: Lab, sample, learned, pairs: Trajectories, view: float) -> float:
+    """What a table is chosen by: the mean error of a picture ÷ the teacher's spread + view · how unlike the network finds them."""
+    before = lab.spent
+    ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
+    noise, unlike = torch.randn(ends.shape, generator=torch.Generator().manual_seed(0)), 0.0
+    for few in torch.arange(len(pairs)).split(SEEN):
+        unlike += len(few) / len(pairs) * float(seen_apart(lab.perceive, ends[few], pairs.part(few), noise[few]))
+    lab.spent = before
+    return nrmse(ends, pairs.end)["mean"] + view * unlike

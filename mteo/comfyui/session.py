@@ -101,17 +101,25 @@ class Session:
             order.append(own)
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
 
+    @contextmanager
+    def plain(self):
+        """Inside, the network's table, if there is one on it, does nothing."""
+        if self.patch is None:
+            yield
+            return
+        strength, self.patch.offsets.scale = self.patch.offsets.scale, 0.0
+        try:
+            yield
+        finally:
+            self.patch.offsets.scale = strength
+
     def perceived(self, x: torch.Tensor, noise: torch.Tensor, item: torch.Tensor) -> list[torch.Tensor]:
         """What each block of the plain network puts out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
         sigma = sigma_of(NOISE, self.flow)
         noised = self.sampling.noise_scaling(torch.tensor(sigma, device=x.device), noise, x)
-        strength, self.patch.offsets.scale = self.patch.offsets.scale, 0.0
-        try:
-            with watched(self.network) as seen:
-                forget = lambda: [own.clear() for own in seen.values()]
-                self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64), forget=forget)
-        finally:
-            self.patch.offsets.scale = strength
+        with self.plain(), watched(self.network) as seen:
+            forget = lambda: [own.clear() for own in seen.values()]
+            self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64), forget=forget)
         return [own[0] if len(own) == 1 else torch.cat(own) for own in seen.values() if own]
 
 

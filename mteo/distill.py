@@ -107,6 +107,8 @@ def distill(denoise, perceive, offsets: dict[str, torch.Tensor], tableau: Tablea
     load(parameters, state.offsets)
     if not state.best_offsets:
         line = keep_best(state, parameters, solver, denoise, perceive, validation, recipe, room)  # zero offsets: the plain model
+        if not state.best_offsets:
+            raise MTEOError("The model's pictures in few steps hold values that are not finite: load it in another precision, or choose another solver or cfg.")
         if recipe.rows != "solver":
             change = solved_row(denoise, tableau, train.part(slice(0, SOLVED))) - tableau.matrix[-1]
             for values in (state.offsets, state.averaged):

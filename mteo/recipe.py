@@ -1,4 +1,5 @@
 """All that decides what a distillation makes, apart from the model and its conditions: one frozen record, from TOML or a node."""
+import math
 from dataclasses import asdict, dataclass, fields
 
 from .errors import MTEOError
@@ -64,7 +65,7 @@ class Recipe:
         for name, allowed in (("rows", ROWS), ("space", SPACES)):
             if getattr(self, name) not in allowed:
                 raise MTEOError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
-        if not self.guidance or min(self.guidance) < 0 or len(set(self.guidance)) < len(self.guidance):
+        if not self.guidance or not all(0 <= value < math.inf for value in self.guidance) or len(set(self.guidance)) < len(self.guidance):
             raise MTEOError(f"guidance is {list(self.guidance)}: give one or more different cfg values of 0 or more.")
 
     @classmethod

@@ -24,6 +24,13 @@ def comfyui_root() -> Path:
     return root
 
 
+@pytest.fixture
+def no_gradients(comfyui_root):
+    """As ComfyUI runs nodes."""
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="module")
 def parts(comfyui_root):
     """What a distillation of the reference UNet is given."""

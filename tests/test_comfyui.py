@@ -269,12 +269,16 @@ def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects, monke
         embeddings = zero_embeddings(model, sampler, sigmas, fill=0.3)
         run = lambda patcher: sample(patcher, positive, negative, sampler, sigmas.clone(), 1.0)
         plain, moved = run(model), run(apply_embeddings(model, embeddings)[0])
+        other = zero_embeddings(model, sampler, sigmas, fill=0.1)
+        others = [(table, strength, run(apply_embeddings(model, table, strength=strength)[0])) for table, strength in ((embeddings, 0.5), (other, 1.0))]
         compiled = model.clone()
         set_torch_compile_wrapper(model=compiled, backend="eager")
         patched = apply_embeddings(compiled, embeddings)[0]
         for patcher, wanted in ((compiled, plain), (patched, moved), (compiled, plain), (patched, moved)):
             assert torch.allclose(run(patcher), wanted, atol=1e-6)
         assert not torch.allclose(plain, moved, atol=1e-2)
+        for table, strength, wanted in (*others, (embeddings, 1.0, moved)):
+            assert torch.allclose(run(apply_embeddings(compiled, table, strength=strength)[0]), wanted, atol=1e-6)
         monkeypatch.setattr(torch._dynamo, "reset", lambda: pytest.fail("the same table must not have the model compiled anew"))
         assert torch.allclose(run(apply_embeddings(compiled, embeddings)[0]), moved, atol=1e-6)
 

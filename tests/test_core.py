@@ -198,6 +198,43 @@ def test_the_search_finds_nearly_the_best_of_all_grids(analytic):
     assert best <= error(found.sigmas.tolist()) < 1.03 * best
 
 
+def test_one_grid_for_two_cfg_values_suits_both():
+    """Whichever comes first."""
+    from mteo.gridsearch import Plain, search_grid
+    from mteo.teacher import Trajectories
+
+    def plain(model: Mixture) -> Plain:
+        x = model.start(64, 14.6)
+        pairs = Trajectories(x, x[:, None][:, :0], model.flow(x, 14.6, 0.0), torch.zeros(64, dtype=torch.long), torch.ones(64))
+        return Plain(lambda y, call, sigma, batch: model.denoise(y, sigma), pairs)
+
+    wide, narrow = plain(Mixture(modes=2, spread=1.0)), plain(Mixture(modes=12, spread=0.02, seed=1))
+    told = lambda plains: [tableau.sigmas.tolist() for tableau in search_grid(plains, 3, 14.6)]
+    one, other = told([wide, narrow]), told([narrow, wide])
+    assert one[0] == one[1] == other[0] == other[1] and told([wide]) != told([narrow])
+
+
+def test_stage_a_brings_each_call_to_the_teachers_next_state():
+    """Of the step that is trained the call alone learns; the last one's target is the end."""
+    from mteo.distill import picture_loss, step_loss
+    from mteo.tableau import combine
+    from mteo.teacher import Trajectories
+
+    model, student = Mixture(), euler_tableau(SIGMAS.double())
+    x = model.start(16, 14.6)
+    states = torch.stack([model.flow(x, 14.6, sigma) for sigma in SIGMAS[1:3].tolist()], 1)
+    batch = Trajectories(x, states, model.flow(x, 14.6, 0.0), torch.zeros(16, dtype=torch.long), torch.ones(16))
+    for step, target in enumerate((states[:, 0], states[:, 1], batch.end)):
+        moved = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+        loss = step_loss(step, student, lambda y, call, sigma, part, moved=moved: model.denoise(y, sigma) + moved[call], batch)
+        terms = [x]
+        for call in range(step + 1):
+            terms.append(model.denoise(combine(student.matrix[call], terms), SIGMAS[call]) + 0.1)
+        assert loss.item() == pytest.approx(float(picture_loss(combine(student.matrix[step + 1], terms), target)), rel=1e-6)
+        [slope] = torch.autograd.grad(loss, moved)
+        assert [bool(value) for value in slope] == [call == step for call in range(3)]
+
+
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("start", [0.05, 0.1, 0.3, 0.8])
 def test_any_number_of_steps_is_searched_from_any_start(flow, start):
@@ -294,6 +331,9 @@ def test_broken_files_get_one_sentence(embeddings, tmp_path):
         load_embeddings(path)
     save_embeddings(replace(embeddings, tables={3: replace(embeddings.tables[3], guided=(9,))}), path)
     with pytest.raises(MTEOError, match="table.safetensors is not complete .*The guided steps are"):
+        load_embeddings(path)
+    save_embeddings(replace(embeddings, tables={3: replace(embeddings.tables[3], guidance=[1.0])}), path)
+    with pytest.raises(MTEOError, match="has the shape .2, 3, 6., not 1 cfg values of 3 rows"):
         load_embeddings(path)
     with pytest.raises(MTEOError, match="models/mteo"):
         load_embeddings(tmp_path / "none.safetensors")

@@ -1,5 +1,6 @@
 """Distillation inside ComfyUI's sampling, on the reference model."""
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +94,9 @@ def test_the_plain_network_looks_at_pictures_whatever_table_is_on_it(parts):
         noise, item = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), torch.arange(6) % 2
         blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
         answer = session.denoise(x, NOISE, item, torch.ones(6, dtype=torch.float64))
-        return answer, session.perceived(x, noise, item), session.perceived(blurred, noise, item)
+        looked = session.perceived(x, noise, item), session.perceived(blurred, noise, item)
+        assert torch.equal(answer, session.denoise(x, NOISE, item, torch.ones(6, dtype=torch.float64))), "the table acts as before"
+        return answer, *looked
 
     with training_mode():
         private = private_copy(model)
@@ -239,13 +242,21 @@ def test_the_file_is_small_and_says_how_it_was_made(distilled):
     from mteo.embeddings import load_embeddings
 
     path = distilled[0] / "table.safetensors"
-    assert path.stat().st_size <= 200_000 and load_embeddings(path).tables[3].guidance == [1.0, 4.0]
+    table, kept = load_embeddings(path).tables[3], distilled[2].embeddings.tables[3]
+    assert path.stat().st_size <= 200_000 and table.guidance == [1.0, 4.0]
+    assert all(torch.equal(rows, kept.offsets[site]) for site, rows in table.offsets.items()), "what is given is what the file holds"
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["mteo.tables"])
     assert about["3"]["record"]["recipe"]["guidance"] == [1.0, 4.0]
 
 
-@pytest.mark.parametrize("wrong", [dict(steps=1), dict(rows="most"), dict(guidance=()), dict(guidance="1 4"), dict(rate="fast"), dict(pictures=2.5)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(dict(steps=1), dict(rows="most"), dict(rate="fast"), dict(pictures=2.5)),
+        *(dict(guidance=cfg) for cfg in ((), "1 4", (1, 1), (-1,), (math.nan,), (math.inf,))),
+    ],
+)
 def test_a_wrong_recipe_gets_one_sentence_with_the_name_of_what_is_wrong(wrong):
     from mteo.errors import MTEOError
 
@@ -341,6 +352,8 @@ def test_a_sampler_with_a_function_among_its_options_can_be_the_student(parts, t
 
 def test_a_model_without_a_factory_is_copied_for_training(parts):
     """As GGUF's, and all of ComfyUI 0.3.75: gradients flow in the copy, the original keeps its own tensors."""
+    import comfy.model_management
+
     from mteo.comfyui.session import private_copy, training_mode
     from reference.objects import make_model
 
@@ -353,6 +366,14 @@ def test_a_model_without_a_factory_is_copied_for_training(parts):
         assert weight.data_ptr() != own.data_ptr() and torch.equal(weight, own) and not weight.is_inference()
         x = torch.ones(1, weight.shape[1], requires_grad=True)
         assert torch.autograd.grad((x @ weight.T).sum(), x)[0].abs().sum() > 0
+    with torch.inference_mode():
+        before, lora = own.clone(), model.clone()
+        lora.add_patches({"diffusion_model.middle_block.0.emb_layers.1.weight": (torch.ones_like(own),)}, 1.0)
+        comfy.model_management.load_models_gpu([lora])
+        assert torch.allclose(model.model.diffusion_model.middle_block[0].emb_layers[1].weight, before + 1), "it is merged into the weights that are copied"
+    with training_mode():
+        private = private_copy(lora)
+        assert torch.equal(private.model.diffusion_model.middle_block[0].emb_layers[1].weight, before), "else it would act twice"
 
 
 def test_a_lora_in_bypass_mode_is_refused(parts):

@@ -132,3 +132,15 @@ def test_the_teacher_takes_fewer_pictures_where_the_card_is_full(comfyui_root):
     assert len(seen) == len(parts_seen) == 12 and all(near(a, b) for a, b in zip(parts_seen, seen, strict=True))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         pairs(0)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    """One picture of one batch would otherwise ruin every offset."""
+    from mteo.distill import fresh_state, step_adam
+    from mteo.recipe import Recipe
+
+    recipe, parameters = Recipe(iterations=2, batch=1), {"a": torch.zeros(1, 2, requires_grad=True), "b": torch.zeros(1, 3, requires_grad=True)}
+    state = fresh_state(parameters, recipe)
+    state.rates = dict.fromkeys(parameters, 0.1)
+    step_adam(parameters, [torch.tensor([[1.0, float("nan")]]), torch.full((1, 3), float("inf"))], state, recipe, 2)
+    assert parameters["a"].tolist() == [[pytest.approx(-0.1), 0.0]] and not parameters["b"].any()

@@ -14,12 +14,6 @@ def table_of(name: str = "reference-3steps"):
     return load_embeddings(TABLES / f"{name}.safetensors")
 
 
-@pytest.fixture
-def no_gradients(comfyui_root):
-    with torch.inference_mode():
-        yield
-
-
 @pytest.mark.parametrize("changing", [False, True])
 @pytest.mark.parametrize(("kind", "name"), [("parts", "reference-3steps"), ("transformer_parts", "reference-mmdit-4steps-guided-1-3")])
 def test_what_a_mask_protects_stays_as_it_was(request, no_gradients, kind, name, changing):
@@ -78,6 +72,8 @@ def test_another_guidance_than_the_tables_is_said(parts, no_gradients, caplog):
     with pytest.raises(MTEOError, match="CFG Override, changes the guidance: remove that node"):
         take(CFGOverride.execute(model, 1.0, 0.5, 1.0)[0], "reference-4steps-guided-1-3", 4.0)
     assert not caplog.records
+    take(CFGOverride.execute(model, 1.0, 0.5, 1.0)[0], "reference-3steps", 4.0)
+    assert "such as CFG Override or APG, may change the guidance" in caplog.text
     take(model, "reference-3steps", 7.0)
     assert "cfg is 7, and this table was trained for 1 to 4" in caplog.text
 
@@ -174,6 +170,8 @@ def test_a_run_knows_the_model_that_it_is_of(parts, transformer_parts, no_gradie
     of_order = lambda order: facts(sampler=comfy.samplers.ksampler("lms", {"order": order}))
     loras = [facts(), facts(with_lora(1)), facts(with_lora(2)), facts(with_lora(1, 0.5))]
     assert len(set(loras + [facts(prompts=[hooked(1.0)]), facts(prompts=[hooked(-1.0)]), of_order(4), of_order(1)])) == 8
+    others = [json.dumps(facts_of(model, positives, *other, Recipe()), sort_keys=True) for other in ((positives[1], empty), (negative, empty[..., 1:]))]
+    assert len({facts(), *others}) == 3, "another negative, another size"
     flow, flow_positives, flow_negative, flow_empty = transformer_parts
     one, six = (facts_of(ModelSamplingSD3().patch(flow, shift)[0], flow_positives, flow_negative, flow_empty, Recipe()) for shift in (1.0, 6.0))
     assert one != six
@@ -227,8 +225,9 @@ def test_a_training_takes_the_table_off_and_refuses_a_controlnet(parts, no_gradi
     patched, _ = apply_embeddings(model, table_of())
     assert KEY in patched.attachments and KEY not in private_copy(patched).attachments and KEY in patched.attachments
     controlled = [[text, dict(facts, control=object())] for text, facts in positives[0]]
-    with pytest.raises(MTEOError, match="A conditioning has a ControlNet, .*: distil without it"):
-        distill_model(model, [controlled], negative, empty, Recipe())
+    for conditions in (([controlled], negative), ([positives[0]], controlled)):
+        with pytest.raises(MTEOError, match="A conditioning has a ControlNet, .*: distil without it"):
+            distill_model(model, *conditions, empty, Recipe())
 
 
 def test_a_solver_of_two_calls_a_step_is_distilled(parts, no_gradients):
@@ -242,7 +241,10 @@ def test_a_solver_of_two_calls_a_step_is_distilled(parts, no_gradients):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("mteo.tables", {}), ("mteo.tables", []), ("mteo.model", None), ("mteo.model", dict(fingerprint=3)), ("sigmas", [1, 2, 3, 4]), ("timesteps", ["x"] * 3)],
+    [
+        *(("mteo.tables", {}), ("mteo.tables", []), ("mteo.model", None), ("mteo.model", dict(fingerprint=3)), ("sigmas", [1, 2, 3, 4])),
+        *(("timesteps", ["x"] * 3), ("guidance", [4.0, 1.0]), ("guidance", [1.0, 2.0, 4.0])),
+    ],
 )
 def test_a_header_that_was_edited_is_refused(tmp_path, name, value):
     from mteo.embeddings import load_embeddings
@@ -262,8 +264,9 @@ def test_a_header_that_was_edited_is_refused(tmp_path, name, value):
         load_embeddings(tmp_path / "edited.safetensors")
 
 
-def test_a_model_that_is_split_over_several_cards_is_refused(parts, no_gradients):
+def test_a_model_that_is_split_over_several_cards_is_refused_and_trained_on_one(parts, no_gradients):
     from mteo.comfyui.sampling import sample_latent
+    from mteo.comfyui.session import private_copy, training_mode
     from mteo.errors import MTEOError
 
     model, positives, negative, empty = parts
@@ -271,3 +274,6 @@ def test_a_model_that_is_split_over_several_cards_is_refused(parts, no_gradients
     split.set_additional_models("multigpu", [model.clone()])
     with pytest.raises(MTEOError, match="split over several: remove the MultiGPU node"):
         sample_latent(split, table_of(), dict(samples=empty), 7, positives[0], negative, cfg=4.0)
+    with training_mode():
+        assert private_copy(split).get_additional_models_with_key("multigpu") == []
+    assert len(split.get_additional_models_with_key("multigpu")) == 1

@@ -106,3 +106,15 @@ def test_bad_input_gets_one_sentence(distilled, parts):
         SamplerCustom.execute(patched, True, 7, 1.0, positive, positive, sampler, sigmas, {"samples": empty})
     with pytest.raises(MTEOError, match="^denoise is 0.01: give a number from 0.05 to 1"):
         Recipe(denoise=0.01)
+
+
+def test_a_grid_that_starts_below_the_largest_sigma_is_refused(parts, monkeypatch):
+    """Some of ComfyUI's schedulers do, with some models."""
+    import comfy.samplers
+
+    from mteo.comfyui.training import named_grid
+
+    sampling, stock = parts[0].get_model_object("model_sampling"), comfy.samplers.calculate_sigmas
+    monkeypatch.setattr(comfy.samplers, "calculate_sigmas", lambda *facts: 0.9 * stock(*facts))
+    with pytest.raises(MTEOError, match="The grid karras gives 3 steps from sigma .*: choose another grid"):
+        named_grid(sampling, "karras", 3)

@@ -65,9 +65,6 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
     name = name or sampler_name(sampler)
     if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise MTEOError(f"The sampler {name} has a loop of its own, so it cannot be read as a table: choose one from KSamplerSelect.")
-    if sampler.inpaint_options.get("random"):
-        sampler = comfy.samplers.KSAMPLER(sampler.sampler_function, sampler.extra_options)  # ddim: inpainting noise only
-
     def run(denoise, x, grid):
         model = _ProbeModel(denoise, model_sampling, name, cfg)
         return sampler.sampler_function(model, x, grid, extra_args={"model_options": {}, "seed": 0}, callback=None, disable=True, **sampler.extra_options)

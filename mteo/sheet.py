@@ -6,9 +6,13 @@ from PIL import Image, ImageDraw, ImageFont
 GAP, INK, PAPER = 6, (20, 20, 20), (255, 255, 255)
 
 
-def sheet(rows: dict[str, torch.Tensor], side: int = 128, captions: list[str] | None = None) -> Image.Image:
-    """rows: label -> pictures [N, H, W, 3] in 0..1, all of one size; `side` = width of a picture on the sheet in pixels.
+SIDES = 128, 512  # of a picture on a sheet: its own width, if that is between these
+
+
+def sheet(rows: dict[str, torch.Tensor], side: int | None = None, captions: list[str] | None = None) -> Image.Image:
+    """rows: label -> pictures [N, H, W, 3] in 0..1, all of one size; `side` = width of a picture on the sheet in pixels, None = its own, within SIDES.
     captions: N short texts under the columns. Returns an RGB image with a label column on the left."""
+    side = side or min(max(max(pictures.shape[2] for pictures in rows.values()), SIDES[0]), SIDES[1])
     font, tall = letters(15), {label: pictures.shape[1] * side // pictures.shape[2] for label, pictures in rows.items()}
     count = max(len(pictures) for pictures in rows.values())
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))

@@ -39,7 +39,8 @@ class DistillEmbeddings(io.ComfyNode):
             display_name="Distill MTEO",
             category="MTEO",
             description="Learn few-step time embeddings for this model from its own many-step pictures. Weights are not changed. "
-            "Works in a run folder in output/mteo: after a cancel the same inputs go on where they stopped, and give the same table.",
+            "Works in a run folder in output/mteo: after a cancel the same inputs go on where they stopped (a search for the grid starts anew), "
+            "and give the same table.",
             is_input_list=True,
             is_output_node=True,
             inputs=[

@@ -1,5 +1,6 @@
 """Load and save MTEO embeddings."""
 import logging
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -80,6 +81,8 @@ class SaveEmbeddings(io.ComfyNode):
     def execute(cls, embeddings, filename_prefix):
         folder = folder_paths.get_folder_paths(FOLDER)[0]
         target, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder)
-        path = Path(target) / f"{name}_{counter:05}_.safetensors"
+        if not Path(filename_prefix).name:
+            raise MTEOError("filename_prefix is empty: give the file a name.")
+        path = next(path for number in count(counter) if not (path := Path(target) / f"{name}_{number:05}_.safetensors").exists())
         save_embeddings(embeddings, path)
         return io.NodeOutput(ui={"text": [path.relative_to(folder).as_posix()]})

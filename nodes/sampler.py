@@ -45,7 +45,12 @@ class KSampler(io.ComfyNode):
                 io.Int.Input(
                     "end_step", default=10000, min=1, max=10000, tooltip="Stop after this step; beyond the last step = sample to the end.", **ADVANCED
                 ),
-                io.Boolean.Input("add_noise", default=True, tooltip="Off: the latent is taken as it is, already noisy.", **ADVANCED),
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    tooltip="Off: the latent is taken as it is, already noisy (a flow model's first step starts at pure noise and does not see it).",
+                    **ADVANCED,
+                ),
                 io.Boolean.Input(
                     "return_with_leftover_noise",
                     default=False,

@@ -277,3 +277,35 @@ def test_a_model_that_is_split_over_several_cards_is_refused_and_trained_on_one(
     with training_mode():
         assert private_copy(split).get_additional_models_with_key("multigpu") == []
     assert len(split.get_additional_models_with_key("multigpu")) == 1
+
+
+def test_a_tables_sampler_without_its_model_is_refused(parts, no_gradients):
+    """At strength 0 there is nothing on the model to miss."""
+    import comfy.sample
+
+    from mteo.comfyui.sampling import applied
+    from mteo.errors import MTEOError
+
+    model, positives, negative, empty = parts
+
+    def take(strength: float):
+        _, sampler, sigmas = applied(model, table_of(), strength=strength)
+        noise = comfy.sample.prepare_noise(empty, 7)
+        return comfy.sample.sample_custom(model, noise, 4.0, sampler, sigmas, positives[0], negative, empty, seed=7, disable_pbar=True)
+
+    with pytest.raises(MTEOError, match="connect the MODEL output of Apply MTEO, too"):
+        take(1.0)
+    assert take(0.0).isfinite().all()
+
+
+def test_a_node_through_which_no_gradient_comes_is_told_before_the_work(parts, no_gradients):
+    from comfy_extras.nodes_nag import NAGuidance
+
+    from mteo.comfyui.training import distill_model
+    from mteo.errors import MTEOError
+    from mteo.recipe import Recipe
+
+    stages, patched = [], NAGuidance.execute(parts[0], 5.0, 0.5, 1.5)[0]
+    with pytest.raises(MTEOError, match="^No gradient comes through this model; a node on it"):
+        distill_model(patched, *parts[1:], Recipe(), progress=lambda stage, *facts, **more: stages.append(stage))
+    assert not stages

@@ -144,6 +144,17 @@ def test_a_sampling_template_gives_pictures_and_previews(server, template):
     assert len(previews) == total and [step["value"] for step in steps] == list(range(1, total + 1))
 
 
+def test_no_table_is_written_over_another(server):
+    """Whatever the prefix: of one that ends in a slash ComfyUI counts no files."""
+    load = lambda name: {"class_type": "MTEOLoadEmbeddings", "inputs": {"embeddings_name": name}}
+    save = lambda prefix: {"class_type": "MTEOSaveEmbeddings", "inputs": {"embeddings": ["1", 0], "filename_prefix": prefix}}
+    shipped = sorted(path.name for path in (PACK / "reference" / "tables").glob("reference-*.safetensors"))[:2]
+    for prefix in ("mine/", "mine/own"):
+        made = [server.queue({"1": load(name), "2": save(prefix)})["outputs"]["2"]["text"] for name in shipped]
+        assert made[0] != made[1] and all((server.base / "models" / "mteo" / name).is_file() for name, in made)
+    assert "filename_prefix is empty: give the file a name" in message_of(server.queue({"1": load(shipped[0]), "2": save("")}))
+
+
 def test_the_ksampler_is_apply_with_a_custom_sampler(server):
     one = pictures(server, server.queue(graph(n6__seed=8)), "9")
     two = pictures(server, server.queue(with_custom_sampler(noise_seed=8)), "9")

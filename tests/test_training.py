@@ -37,12 +37,32 @@ def test_pairs_take_the_prompts_in_turn_and_each_its_own_noise(parts):
     assert len(starts) == 2 * count
 
 
+def test_a_long_prompt_is_evaluated_beside_short_ones(parts):
+    """As ComfyUI does with the prompts of a batch."""
+    _, (first, second), *_ = parts
+    long = [[torch.cat([text, 0.5 * text], 1), facts] for text, facts in second]
+    x, ones, calls = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3, dtype=torch.float64), []
+
+    def work(session):
+        session.short = False  # bfloat16 rounds repeated tokens in another way
+        handle = session.network.register_forward_pre_hook(lambda *told: calls.append(1))
+        with torch.no_grad():
+            together = session.denoise(x, 4.0, torch.tensor([1, 0, 1]), ones)
+            assert len(calls) == 1
+            alone = torch.cat([session.denoise(x[i : i + 1], 4.0, torch.tensor([item]), ones[:1]) for i, item in enumerate((1, 0, 1))])
+        handle.remove()
+        return together, alone
+
+    together, alone = inside(parts, work, [first, long])
+    assert together.allclose(alone, atol=1e-4)
+
+
 UPPER = (torch.arange(64) < 32).float()[None, :, None].expand(1, 64, 64)
 
 
-@pytest.mark.parametrize("changed", [lambda text, facts: [text.repeat(1, 2, 1), facts], lambda text, facts: [text, dict(facts, mask=UPPER, mask_strength=1.0)]])
+@pytest.mark.parametrize("changed", [lambda text, facts: [text.repeat(1, 5, 1), facts], lambda text, facts: [text, dict(facts, mask=UPPER, mask_strength=1.0)]])
 def test_prompts_that_do_not_stack_are_answered_each_for_itself(parts, changed):
-    """One of twice as many tokens; one for the upper half alone."""
+    """One of five times as many tokens, more than ComfyUI puts in one batch; one for the upper half alone."""
     model, (first, second), *_ = parts
     other = [changed(*entry) for entry in second]
     x, ones = torch.randn(3, 32, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3, dtype=torch.float64)
@@ -56,15 +76,16 @@ def test_prompts_that_do_not_stack_are_answered_each_for_itself(parts, changed):
     assert together.allclose(alone, atol=0.05 * float(alone.std())), "bfloat16 rounds by the batch"
 
 
-def test_a_processs_other_samplings_are_not_in_training(parts):
+def test_a_processs_other_samplings_are_not_in_training(comfyui_root, monkeypatch):
     import comfy.model_management
 
     from mteo.comfyui.session import training_mode
 
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
     with pytest.raises(KeyError), training_mode():
-        assert comfy.model_management.in_training and torch.is_grad_enabled()
+        assert comfy.model_management.in_training and torch.is_grad_enabled() and comfy.model_management.NUM_STREAMS == 0
         raise KeyError
-    assert not comfy.model_management.in_training
+    assert not comfy.model_management.in_training and comfy.model_management.NUM_STREAMS == 2
 
 
 def test_the_table_that_is_given_is_the_best_one_of_the_validations(parts, monkeypatch):

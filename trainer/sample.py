@@ -33,7 +33,7 @@ def run(options) -> None:
 
     from mteo.comfyui.sampling import sample_latent
     from mteo.embeddings import load_embeddings
-    from mteo.sheet import sheet
+    from mteo.sheet import SIDES, sheet
 
     embeddings = load_embeddings(Path(options.table))
     with torch.inference_mode():
@@ -44,5 +44,5 @@ def run(options) -> None:
         made = sample_latent(
             model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength
         )
-        sheet({options.prompt: vae.decode(made["samples"])}).save(options.out)
+        sheet({"": vae.decode(made["samples"])}, max(SIDES[0], options.width), [options.prompt]).save(options.out)
     print(f"wrote {options.out}")

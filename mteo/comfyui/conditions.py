@@ -84,15 +84,18 @@ ENCODED |= {"width", "height", "crop_w", "crop_h", "target_width", "target_heigh
 
 
 def stackable(prompts: list[list[dict]]) -> bool:
-    """True where each prompt is one entry, without area, mask, ControlNet or hooks, whose encoded tensors are of equal shape [17]."""
+    """True where each prompt is one entry, without area, mask, ControlNet or hooks, whose encoded tensors ComfyUI would put in one batch: of equal shape [17],
+    or texts of other lengths, which it repeats where that changes nothing."""
     if any(len(prompt) != 1 or not ENCODED.issuperset(prompt[0]) for prompt in prompts):
         return False
-    shapes = [{key: getattr(getattr(cond, "cond", None), "shape", None) for key, cond in prompt[0]["model_conds"].items()} for prompt in prompts]
-    return None not in shapes[0].values() and all(shape == shapes[0] for shape in shapes)
+    first, *others = (prompt[0]["model_conds"] for prompt in prompts)
+    if not all(torch.is_tensor(getattr(cond, "cond", None)) for conds in (first, *others) for cond in conds.values()):
+        return False
+    return all(conds.keys() == first.keys() and all(cond.can_concat(conds[key]) for key, cond in first.items()) for conds in others)
 
 
 def stack(prompts: list[list[dict]], items: list[int]) -> list[dict]:
     """One condition whose row b is that of prompt items[b]."""
-    own = prompts[items[0]][0]
-    joined = {key: type(cond)(torch.cat([prompts[item][0]["model_conds"][key].cond for item in items])) for key, cond in own["model_conds"].items()}
+    own, *others = (prompts[item][0] for item in items)
+    joined = {key: type(cond)(cond.concat([other["model_conds"][key] for other in others])) for key, cond in own["model_conds"].items()}
     return [{**own, "model_conds": joined}]

@@ -162,14 +162,16 @@ def deep_copy(model):
 
 @contextmanager
 def training_mode():
-    """Gradients on, fused kernels without a backward off; as before afterwards."""
-    management, before = comfy.model_management, getattr(comfy.model_management, "in_training", False)
-    management.in_training = True
+    """Gradients on; off are fused kernels without a backward, and the buffers through which the weights of a model that is loaded in parts come, one over
+    the other, while a backward needs them all. As before afterwards."""
+    management = comfy.model_management
+    before, streams = getattr(management, "in_training", False), management.NUM_STREAMS
+    management.in_training, management.NUM_STREAMS = True, 0
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        management.in_training = before
+        management.in_training, management.NUM_STREAMS = before, streams
 
 
 def plain_attention(function, q, *args, **kwargs):

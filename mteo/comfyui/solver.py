@@ -72,14 +72,18 @@ def read_tableau(sampler, sigmas: torch.Tensor, model_sampling, name: str | None
     return probe(run, sigmas, name, max(MAX_CALLS, 2 * len(sigmas)))
 
 
-def tableau_sampler(tableau_at, schedule: Sequence[float], places: Sequence[float], alone: Sequence[int] = ()) -> comfy.samplers.KSAMPLER:
+def tableau_sampler(
+    tableau_at, schedule: Sequence[float], places: Sequence[float], alone: Sequence[int] = (), offsets: bool = False
+) -> comfy.samplers.KSAMPLER:
     """A SAMPLER that runs the table of coefficients tableau_at(cfg of its guider) on `schedule` [K + 1], and no other; the calls `alone` ask for the prompt
     alone, as cfg 1 does. places [N]: where in the schedule each call is, whatever σ the table tells there; a schedule that ends early stops at the last call
-    with its last σ (`stopped`)."""
+    with its last σ (`stopped`). offsets: whether it goes with a table on the model, without which it is refused."""
 
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         require_schedule(schedule, sigmas.tolist())
         guider, last, ones, extra_args = model.inner_model, float(sigmas[-1]), x.new_ones(len(x)), extra_args or {}
+        if offsets and not getattr(guider, "linear", False) and patch_of(guider) is None:
+            raise MTEOError("The SAMPLER of Apply MTEO is connected, but the model has no table: connect the MODEL output of Apply MTEO, too.")
         cfg = cfg_of(guider)
         tableau = tableau_at(cfg)
         calls = max((call for call, sigma in enumerate(places) if abs(sigma - last) <= SAME_SIGMA * last), default=len(places))
@@ -113,11 +117,16 @@ def kept(model, x, sigma, sigmas, denoise_mask=None, model_options=None, **optio
     return x * denoise_mask + model.latent_image * (1 - denoise_mask)
 
 
+def patch_of(guider):
+    """The table on the guider's model, None where there is none."""
+    get = getattr(getattr(guider, "model_patcher", None), "get_attachment", None)
+    return get(KEY) if get else None
+
+
 @contextmanager
 def told(guider, sigma: float | None):
     """Inside, the table on the guider's model knows the σ of the evaluations; to read it from a graphics card would be a wait. None: it is not known."""
-    get = getattr(getattr(guider, "model_patcher", None), "get_attachment", None)
-    patch = get(KEY) if get else None
+    patch = patch_of(guider)
     if patch is None:
         yield
         return
@@ -146,5 +155,5 @@ def table_sampler(table: Table, strength: float = 1.0) -> comfy.samplers.KSAMPLE
     """The SAMPLER of a table: the named one where nothing was learned of it and all calls are guided, else one that executes its coefficients."""
     if table.learned is not None or table.alone or table.solver_options or table.solver not in comfy.samplers.SAMPLER_NAMES:
         places = table.tableau.sigmas.tolist()
-        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.sigmas, places, table.alone if strength else ())
+        return tableau_sampler(lambda cfg: table.tableau_at(cfg, strength), table.sigmas, places, table.alone if strength else (), strength > 0)
     return comfy.samplers.sampler_object(table.solver)

@@ -16,6 +16,7 @@ from ..coefficients import corrected, moves_sigmas
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import FORMAT, Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
+from ..gradient import full
 from ..gridsearch import SEARCHED, Plain, no_progress, search_grid
 from ..guided import ALL, Guided
 from ..recipe import FREE, Recipe
@@ -65,7 +66,11 @@ def distill_model(
             if embeddings is None:
                 grid = FREE if recipe.grid == FREE else named_grid(sampling, recipe.grid, recipe.steps, recipe.denoise)
                 network, prompts = private.model.diffusion_model, len(positives)
-                choose = lambda session: choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
+
+                def choose(session: Session) -> Table:
+                    require_gradient(session)
+                    return choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
+
                 table = run_session(private, positives, negative, latent, choose)
                 embeddings = Embeddings({recipe.steps: table}, recipe.space, about)
                 store.start(embeddings)
@@ -137,6 +142,20 @@ def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torc
     offsets = {site.path: torch.zeros(1, len(tableau.row_sigmas), site.width) for site in find_sites(network, space)}
     timesteps = [float(sampling.timestep(sigma.float())) for sigma in tableau.row_sigmas]
     return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets, guided=guided)
+
+
+def require_gradient(session: Session) -> None:
+    """MTEOError where a node on the model, such as FreeU_V2, writes into what a gradient needs: told before the teacher's work, not after it."""
+    sigma = float(session.sampling.sigma_max) / 2
+    x = session.start(session.noise(1, 0), torch.tensor(sigma)).requires_grad_(True)
+    try:
+        session.denoise(x, sigma, torch.tensor([0]), torch.ones(1, dtype=torch.float64)).square().mean().backward()
+    except RuntimeError as error:
+        if full(error):
+            return  # a training has other ways for that
+        raise MTEOError(
+            f"No gradient comes through this model; a node on it, such as FreeU_V2 or NAGuidance, may be why: distil without that node. ({error})"
+        ) from error
 
 
 def denoise_of(session: Session, alone: Sequence[int] = (), placed: Tableau | None = None):

@@ -1,4 +1,6 @@
 """What every peer trains and samples with: the frozen model, its evaluations counted, and a noise level to be told that is not the input's own."""
+from contextlib import contextmanager
+
 import torch
 
 from mteo.comfyui.times import telling
@@ -24,6 +26,13 @@ class Lab:
         """What the network's blocks make of pictures x with `noise` on them (mteo/perception.py), without guidance."""
         self.spent += len(x) * (2 if torch.is_grad_enabled() else 1)
         return self.session.perceived(x, noise, batch.item)
+
+    @contextmanager
+    def uncounted(self):
+        """Inside, as in a validation, no evaluation counts as spent."""
+        before = self.spent
+        yield
+        self.spent = before
 
     def first_slope(self, x: torch.Tensor, batch: Trajectories, analytic: bool) -> torch.Tensor:
         """d = (x − D)/σ at sigma_max; analytic, without an evaluation: x/√(1 + σ²), that of data of mean 0 and variance 1 under variance-exploding noise; x for

@@ -69,19 +69,17 @@ def in_batches(pairs: Trajectories, sample) -> torch.Tensor:
 @torch.no_grad()
 def error_of(lab: Lab, sample, learned, pairs: Trajectories) -> float:
     """Pooled RMSE ÷ the teacher's spread; a validation is not counted as spent."""
-    before = lab.spent
-    ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
-    lab.spent = before
-    return nrmse(ends, pairs.end)["pooled"]
+    with lab.uncounted():
+        return nrmse(in_batches(pairs, lambda part: sample(learned, part, part.start)), pairs.end)["pooled"]
 
 
 @torch.no_grad()
 def score_of(lab: Lab, sample, learned, pairs: Trajectories, view: float) -> float:
     """What a table is chosen by: the mean error of a picture ÷ the teacher's spread + view · how unlike the network finds them."""
-    before = lab.spent
-    ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
-    noise, unlike = torch.randn(ends.shape, generator=torch.Generator().manual_seed(0)), 0.0
-    for few in torch.arange(len(pairs)).split(SEEN):
-        unlike += len(few) / len(pairs) * float(seen_apart(lab.perceive, ends[few], pairs.part(few), noise[few]))
-    lab.spent = before
+    unlike = 0.0
+    with lab.uncounted():
+        ends = in_batches(pairs, lambda part: sample(learned, part, part.start))
+        noise = torch.randn(ends.shape, generator=torch.Generator().manual_seed(0))
+        for few in torch.arange(len(pairs)).split(SEEN):
+            unlike += len(few) / len(pairs) * float(seen_apart(lab.perceive, ends[few], pairs.part(few), noise[few]))
     return nrmse(ends, pairs.end)["mean"] + view * unlike

@@ -199,8 +199,10 @@ def test_a_run_folder_belongs_to_the_very_model(parts):
         assert facts(apply_embeddings(model, table)[0]) == seen[0]
 
 
-def test_a_compiled_model_is_distilled_as_the_model_is(parts):
+@pytest.mark.parametrize("way", ["compiled", "EasyCache", "LazyCache"])
+def test_a_model_made_quicker_is_distilled_as_the_model_is(parts, way):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 
     from mteo.comfyui.training import distill_model
     from mteo.recipe import Recipe
@@ -208,11 +210,16 @@ def test_a_compiled_model_is_distilled_as_the_model_is(parts):
     model, *rest = parts
     recipe = Recipe(grid="karras", pictures=4, held_out=2, teacher_steps=4, iterations=1, batch=4, validate_every=1)
     with torch.inference_mode():
-        compiled = model.clone()
-        set_torch_compile_wrapper(model=compiled, backend="eager")
-        own, plain = (distill_model(one, *rest, recipe).embeddings.tables[3] for one in (compiled, model))
+        if way == "compiled":
+            quicker = model.clone()
+            set_torch_compile_wrapper(model=quicker, backend="eager")
+        else:
+            quicker = {"EasyCache": EasyCacheNode, "LazyCache": LazyCacheNode}[way].execute(model, 3.0, 0.0, 1.0, False)[0]
+        before = {kind: list(wrappers) for kind, wrappers in quicker.wrappers.items()}
+        own, plain = (distill_model(one, *rest, recipe).embeddings.tables[3] for one in (quicker, model))
     assert all(torch.equal(rows, plain.offsets[site]) for site, rows in own.offsets.items()) and any(rows.any() for rows in own.offsets.values())
-    assert "torch_compile_kwargs" in compiled.model_options and "torch.compile" in compiled.wrappers["apply_model"]
+    assert {kind: list(wrappers) for kind, wrappers in quicker.wrappers.items()} == before != {}
+    assert ("torch_compile_kwargs" in quicker.model_options) == (way == "compiled")
 
 
 def test_a_damaged_store_is_made_anew(tmp_path):

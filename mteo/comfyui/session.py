@@ -14,7 +14,6 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy.patcher_extension import WrappersMP
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import MTEOError
@@ -25,6 +24,8 @@ from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
 from .patch import KEPT, remove_embeddings
 from .solver import KEY, told
+
+SPEEDING = ("torch.compile", "easycache", "lazycache")  # what makes a sampling quicker and is in the way of a training: keys of wrappers
 
 
 def is_flow(sampling) -> bool:
@@ -134,7 +135,7 @@ class _Work(comfy.samplers.Sampler):
 
 def private_copy(model):
     """A MODEL of its own with normal tensors (made outside inference mode), so that gradients can flow and nothing is shared [14]; without a table that is on
-    the model, and not compiled: what TorchCompileModel puts in the network's place is the user's own one."""
+    the model, not compiled (what TorchCompileModel puts in the network's place is the user's own one), and without EasyCache, which gives an earlier answer."""
     if "bypass_lora" in getattr(model, "injections", {}):
         raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
     if "force_deepcopy" in inspect.signature(type(model).clone).parameters and getattr(model, "cached_patcher_init", None):
@@ -143,7 +144,9 @@ def private_copy(model):
         private = deep_copy(model)
     private.model.requires_grad_(False)
     private.remove_additional_models("multigpu")  # their threads run without gradients
-    private.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, "torch.compile")
+    for kind in private.wrappers:
+        for key in SPEEDING:
+            private.remove_wrappers_with_key(kind, key)
     private.model_options.pop("torch_compile_kwargs", None)
     return remove_embeddings(private)
 

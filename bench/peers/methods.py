@@ -24,6 +24,7 @@ NAMES = (*coefficients.PEERS, "PAS", "EPD", "AMED", *(name + ANALYTIC for name i
 BASES = {"PAS": "euler", "GITS": "ipndm"} | {name: freedom.base for name, freedom in coefficients.PEERS.items()}  # the solver that a peer starts from
 SEEING = "GS" + VIEW + ANALYTIC
 SURE = ("GITS", V3)  # nothing in their training is drawn
+LOST = 0.95  # error of a start that is little nearer than the mean picture, which has about 1
 RATES = (0.01, 0.03, 0.1)  # of Adam, the same for all; the best is chosen with a quarter of the budget
 
 
@@ -36,8 +37,9 @@ class Method:
     training: dict = field(default_factory=dict)
 
 
-def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
-    """The peer before its training, with as many evaluations as `sigmas`, from `start_grids`, are made for; on them where it has a grid."""
+def method(lab: Lab, name: str, sigmas: list[float], shift: float = 0.0) -> Method:
+    """The peer before its training, with as many evaluations as `sigmas`, from `start_grids`, are made for; on them where it has a grid. shift: one of EPD's
+    SHIFTS."""
     analytic = name.endswith(ANALYTIC)
     steps = len(sigmas) - 1 - analytic
     if (base := base_of(name)) in coefficients.PEERS:
@@ -47,7 +49,7 @@ def method(lab: Lab, name: str, sigmas: list[float]) -> Method:
     if name == "PAS":
         return Method(partial(pas.sample, lab, sigmas), pas.parameters_of(steps), dict(loss="absolute"))
     if name.startswith("EPD"):
-        return Method(partial(parallel.sample, lab, steps, analytic), parallel.parameters_of(steps, analytic))
+        return Method(partial(parallel.sample, lab, steps, analytic), parallel.parameters_of(steps, analytic, shift))
     if name.startswith("AMED") and steps == amed.EVALUATIONS:
         return Method(partial(amed.sample, lab, analytic), amed.parameters_of(lab, analytic))
     if name == V3:
@@ -65,13 +67,13 @@ def base_of(name: str) -> str:
 
 def start_grids(sampling, name: str, plain: dict[int, dict[str, dict[str, float]]], steps: int = STEPS) -> list[list[float]]:
     """The named grid of `steps` on which the peer's own solver does best, by `plain` {steps: {solver: {grid: error}}} of validation pairs; one with an analytic
-    step has a step more. Where that is no nearer than the mean picture (error 1), as one long step to it is, also Euler's best and the model's own time."""
+    step has a step more. Where that is hardly nearer than the mean picture, as one long step to it is, also Euler's best and the model's own time."""
     base = base_of(name)
     steps += name.endswith(ANALYTIC)
     nearest = lambda solver: min(plain[steps][solver], key=plain[steps][solver].get)
     own = BASES.get(base, "euler")
     names = [nearest(own)]
-    if base in BASES and plain[steps][own][names[0]] >= 1:
+    if base in BASES and plain[steps][own][names[0]] >= LOST:
         names += [nearest("euler"), "sgm_uniform"]
     return [named_grids(sampling, steps)[grid].tolist() for grid in dict.fromkeys(names)]
 
@@ -82,8 +84,8 @@ def teacher_cost(pairs: Trajectories) -> int:
 
 
 def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, budget: int, seed: int, first: dict | None = None, steps: int = STEPS) -> dict:
-    """{"sigmas", "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher for `pairs`
-    included. first: an earlier training, whose grid and rate are taken; None = the best of `start_grids`, and on it of RATES."""
+    """{"sigmas", "shift" (EPD's), "learned", "error" (held out), "rate", "spent"} of a peer whose training takes `budget` evaluations, those of the teacher
+    for `pairs` included. first: an earlier training, whose start and rate are taken; None = the best of `start_grids` or SHIFTS, and from it of RATES."""
     teacher = teacher_cost(pairs)
 
     def work(session):
@@ -96,19 +98,21 @@ def train(own, name: str, pairs: Trajectories, held_out: Trajectories, plain, bu
             sigmas, learned, error = v3.train(lab, few, held_out, [grid.tolist() for grid in named_grids(session.sampling, steps).values()])
             return dict(sigmas=sigmas, learned=learned, error=error, rate=None, spent=lab.spent)
 
-        def run(sigmas: list[float], rate: float, evaluations: int) -> tuple[dict, float]:
-            peer = method(lab, name, sigmas)
+        def run(start: dict, rate: float, evaluations: int) -> tuple[dict, float]:
+            peer = method(lab, name, **start)
             return fit(lab, peer.sample, peer.zero, pairs, held_out, evaluations, seed, rate, **peer.training)
 
         if first:
-            sigmas, rate = first["sigmas"], first["rate"]
+            start, rate = {key: first[key] for key in ("sigmas", "shift") if key in first}, first["rate"]
         else:
-            grids, few = start_grids(session.sampling, name, plain, steps), (budget - teacher) // 4
-            sigmas = grids[0] if len(grids) == 1 else min(grids, key=lambda grid: run(grid, RATES[1], few)[1])
-            rate = min(RATES, key=lambda one: run(sigmas, one, few)[1])
+            starts, few = [dict(sigmas=grid) for grid in start_grids(session.sampling, name, plain, steps)], (budget - teacher) // 4
+            if name.startswith("EPD"):
+                starts = [starts[0] | dict(shift=shift) for shift in parallel.SHIFTS]
+            start = starts[0] if len(starts) == 1 else min(starts, key=lambda one: run(one, RATES[1], few)[1])
+            rate = min(RATES, key=lambda one: run(start, one, few)[1])
         before = lab.spent
-        learned, error = run(sigmas, rate, budget - teacher)
-        return dict(sigmas=sigmas, learned=learned, error=error, rate=rate, spent=lab.spent - before + teacher)
+        learned, error = run(start, rate, budget - teacher)
+        return start | dict(learned=learned, error=error, rate=rate, spent=lab.spent - before + teacher)
 
     return own.session(work)
 

@@ -11,6 +11,7 @@ from mteo.teacher import Trajectories
 from .lab import Lab
 
 PLACES = 2
+SHIFTS = (0.0, -1.5, -3.0)  # of the places' logits at the start: the nearer all lie to where their step begins, the less a long one goes astray at first
 
 
 def places_of(evaluations: int, analytic: bool) -> list[int]:
@@ -22,12 +23,12 @@ def places_of(evaluations: int, analytic: bool) -> list[int]:
     return places
 
 
-def parameters_of(evaluations: int, analytic: bool) -> dict[str, torch.Tensor]:
-    """Of all places in turn: place: logit of r; weight: logits of a step's weights; direction, told: logarithms. middle: of each later step's start
-    (`Lab.middle`)."""
+def parameters_of(evaluations: int, analytic: bool, shift: float = 0.0) -> dict[str, torch.Tensor]:
+    """Of all places in turn: place: logit of r, at first `shift` and one more for the second of a step; weight: logits of a step's weights; direction, told:
+    logarithms. middle: of each later step's start (`Lab.middle`)."""
     places = places_of(evaluations, analytic)
     zeros = lambda: torch.zeros(sum(places))
-    return dict(place=torch.cat([torch.arange(0.0, count) for count in places]), weight=zeros(), direction=zeros(), told=zeros()) | (
+    return dict(place=shift + torch.cat([torch.arange(0.0, count) for count in places]), weight=zeros(), direction=zeros(), told=zeros()) | (
         {"middle": torch.zeros(len(places) - 1)} if len(places) > 1 else {}
     )
 

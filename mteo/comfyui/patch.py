@@ -8,7 +8,9 @@ import logging
 import math
 from bisect import bisect_left
 from contextlib import contextmanager
+from itertools import chain
 
+import comfy.lora
 import comfy.samplers
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
@@ -44,6 +46,7 @@ class Patch:
         self.scaling: set[torch.nn.Module] = set()  # networks that also have those of the gains
         self.folded = (None, None)  # (what it was made of, the gains in a network's own weights or None where they cannot be)
         self.told: float | None = None  # σ of the evaluations to come, where it is known without asking the card
+        self.made_for, self.known_patches = None, None  # the fingerprint of its model; the patches of weights with which that was compared last
         self.passed = None  # the last (model sampling, SAMPLER, sigmas, cfg) that were found to be the table's
 
     def is_for(self, table: Table, strength: float, off_grid: str) -> bool:
@@ -163,6 +166,11 @@ class Patch:
         if guider.model_patcher.get_additional_models_with_key("multigpu"):
             raise MTEOError("A table works on one graphics card, and this model is split over several: remove the MultiGPU node.")
         self.at(cfg_of(guider))
+        if guider.model_patcher.patches_uuid != self.known_patches and any(map(is_merge, chain(*guider.model_patcher.patches.values()))):
+            require_model(guider.model_patcher, self.made_for)
+        self.known_patches = guider.model_patcher.patches_uuid
+        if self.off_grid == "error":
+            require_each_evaluation(guider)
         require_guider(self.table, guider)
         if self.off_grid != "off":  # as in a training
             warn_of_cfg(self.table, self.cfg)
@@ -176,6 +184,7 @@ class Patch:
                 require_timesteps(self.table, sampling)
                 require_solver(self.table, self.strength, sampler, sigmas, sampling, self.cfg)
                 self.passed = asked
+            warn_of_times(guider, sampling, self.row_sigmas.tolist())
         return executor(noise, latent_image, sampler, sigmas.clone(), *args, **kwargs)  # uni_pc writes into what it is given [5]
 
 
@@ -229,6 +238,13 @@ def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor,
         raise wrong
 
 
+def require_each_evaluation(guider) -> None:
+    """MTEOError where a node on the model leaves out evaluations that it finds alike."""
+    cache = guider.model_options.get("transformer_options", {}).get("easycache")
+    if cache is not None:
+        raise MTEOError(f"{getattr(cache, 'name', 'EasyCache')} leaves out some evaluations of the model, and a table has but a few: remove that node.")
+
+
 def require_guider(table: Table, guider) -> None:
     """MTEOError where some calls ask for the prompt alone and the guider, or a node on the model, has another rule than one cfg for two branches; a warning
     where a node may change the guidance of the others."""
@@ -249,6 +265,27 @@ def warn_of_cfg(table: Table, cfg: float) -> None:
         logging.warning(f"MTEO: cfg is {cfg:g}, and this table was trained for {trained}: what it learned at the nearest value acts.")
 
 
+def warn_of_times(guider, sampling, sigmas: list[float]) -> None:
+    """A warning where a conditioning, or a ControlNet in one, is for a part of the schedule in which the network is not evaluated."""
+    percent = lambda sigma: next((own for own in range(100) if float(sampling.percent_to_sigma(own / 100)) <= sigma), 100)
+    for start, end in {times for conds in guider.conds.values() for cond in conds for times in times_of(cond)}:
+        if not any(float(sampling.percent_to_sigma(end)) <= sigma <= float(sampling.percent_to_sigma(start)) for sigma in sigmas):
+            at = ", ".join(f"{percent(sigma)}" for sigma in sigmas)
+            logging.warning(
+                f"MTEO: a conditioning or ControlNet is for {100 * start:.0f} to {100 * end:.0f} % of the sampling, and does nothing: this table's evaluations "
+                f"are at {at} %."
+            )
+
+
+def times_of(cond: dict):
+    """(start, end), as shares of the schedule, of a condition and of its ControlNets."""
+    yield cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)
+    control = cond.get("control")
+    while control is not None:
+        yield tuple(control.timestep_percent_range)
+        control = control.previous_controlnet
+
+
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
     """(A clone of MODEL that reads the table for `steps`, the table); steps 0 = the file's smallest.
 
@@ -262,7 +299,8 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     kept = getattr(model.model, KEPT, (None,))[0]
     patch = kept if kept and kept.is_for(table, strength, off_grid) else Patch(table, embeddings.space, strength, off_grid)
     patch.find(model.model.diffusion_model)
-    require_model(model, embeddings)
+    patch.made_for, patch.known_patches = embeddings.model.get("fingerprint"), model.patches_uuid
+    require_model(model, patch.made_for)
     if KEY in model.attachments:
         logging.info("MTEO: this model had a table already, the new one takes its place")
     patched = remove_embeddings(model.clone())
@@ -294,15 +332,24 @@ def choose_table(embeddings: Embeddings, steps: int) -> Table:
 
 
 def model_fingerprint(model, paths: list[str], sites: int = SITES) -> dict[str, list[float]]:
-    """`fingerprint` of a MODEL's unpatched weights, also while a LoRA is merged into them; without the paths that it does not have."""
+    """`fingerprint` of a MODEL's weights without its LoRAs, also while one is in them, but with what other models a merging node brings; without the paths
+    that it does not have."""
     modules = dict(model.model.diffusion_model.named_modules())
 
     def weight_of(path):
         backup, module = model.backup.get(f"diffusion_model.{path}.weight"), modules[path]
         weight = module.weight if backup is None else backup.weight
-        return dequantized(module, weight) if getattr(weight, "tensor_type", None) is not None else weight
+        weight = dequantized(module, weight) if getattr(weight, "tensor_type", None) is not None else weight
+        others = [patch for patch in model.patches.get(f"diffusion_model.{path}.weight", ()) if is_merge(patch)]
+        return comfy.lora.calculate_weight(others, weight.detach().float().clone(), path) if others else weight
 
     return fingerprint([path for path in paths if path in modules], weight_of, sites)
+
+
+def is_merge(patch: tuple) -> bool:
+    """Whether a patch of a weight, as ComfyUI keeps it, is another model's weight (ModelMergeSimple and all of its kind), and no LoRA."""
+    _, value, strength_model, *_ = patch
+    return strength_model != 1.0 or isinstance(value, list)
 
 
 def dequantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -314,9 +361,8 @@ def dequantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
         weight.patches = patches
 
 
-def require_model(model, embeddings: Embeddings) -> None:
-    """MTEOError where the table was made for another model; a warning where for a sibling (fine-tune) of this one."""
-    trained = embeddings.model.get("fingerprint")
+def require_model(model, trained: dict[str, list[float]] | None) -> None:
+    """MTEOError where the table was made for another model than one of the fingerprint `trained`; a warning where for a sibling (fine-tune) of this one."""
     if not trained:
         return
     relative = difference(model_fingerprint(model, list(trained)), trained)

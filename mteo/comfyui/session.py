@@ -23,7 +23,7 @@ from ..precision import multiplies_bfloat16
 from ..schedule import sigma_of
 from .conditions import normal, stack, stackable
 from .patch import KEPT, remove_embeddings
-from .solver import KEY, told
+from .solver import KEY, told, unguided
 
 SPEEDING = ("torch.compile", "easycache", "lazycache")  # what makes a sampling quicker and is in the way of a training: keys of wrappers
 
@@ -103,6 +103,17 @@ class Session:
         return torch.cat(pieces)[torch.cat(order).argsort().to(x.device)]
 
     @contextmanager
+    def prompt_alone(self, wanted: bool = True):
+        """Inside, where wanted, nothing mixes the two branches of guidance, as in a sampling's call that asks for the prompt alone; such a call has cfg 1."""
+        before = self._extra
+        if wanted:
+            self._extra = unguided(before)
+        try:
+            yield
+        finally:
+            self._extra = before
+
+    @contextmanager
     def plain(self):
         """Inside, the network's table, if there is one on it, does nothing."""
         if self.patch is None:
@@ -118,7 +129,7 @@ class Session:
         """What each block of the plain network puts out for latents x [B, …] with `noise` on them (mteo/perception.py), each with its prompt and cfg 1."""
         sigma = sigma_of(NOISE, self.flow)
         noised = self.sampling.noise_scaling(torch.tensor(sigma, device=x.device), noise, x)
-        with self.plain(), watched(self.network) as seen:
+        with self.plain(), self.prompt_alone(), watched(self.network) as seen:
             forget = lambda: [own.clear() for own in seen.values()]
             self.denoise(noised, sigma, item, torch.ones(len(x), dtype=torch.float64), forget=forget)
         return [own[0] if len(own) == 1 else torch.cat(own) for own in seen.values() if own]

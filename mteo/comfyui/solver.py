@@ -82,6 +82,8 @@ def tableau_sampler(
     def sample_mteo(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         require_schedule(schedule, sigmas.tolist())
         guider, last, ones, extra_args = model.inner_model, float(sigmas[-1]), x.new_ones(len(x)), extra_args or {}
+        if extra_args.get("denoise_mask") is not None and not hasattr(model, "latent_image"):
+            raise MTEOError("The latent has a mask, and a node wraps the SAMPLER so that what the mask keeps does not come through: remove that node.")
         if offsets and not getattr(guider, "linear", False) and patch_of(guider) is None:
             raise MTEOError("The SAMPLER of Apply MTEO is connected, but the model has no table: connect the MODEL output of Apply MTEO, too.")
         cfg = cfg_of(guider)
@@ -94,11 +96,11 @@ def tableau_sampler(
         for call in trange(calls, disable=disable):
             sigma = told_sigmas[call]
             with guided_by(guider, 1.0 if call in alone else cfg), told(guider, float(tableau.sigmas[call])):
-                shown = model(x, sigma * ones, **extra_args)
+                shown = model(x, sigma * ones, **(unguided(extra_args) if call in alone else extra_args))
             terms.append(shown)
             after = combine(matrix[call + 1], terms)
             if call + 1 == len(places):
-                shown = after = kept(model, after, sigma * ones, sigmas, **extra_args)
+                shown = after = kept(model, after, terms[0], matrix[-1].tolist(), sigma * ones, sigmas, **extra_args)
             if callback is not None:
                 callback({"x": x, "i": call * (len(sigmas) - 1) // calls, "sigma": sigma, "sigma_hat": sigma, "denoised": shown, "steps": len(sigmas) - 1})
             x = after
@@ -107,14 +109,22 @@ def tableau_sampler(
     return comfy.samplers.KSAMPLER(sample_mteo)
 
 
-def kept(model, x, sigma, sigmas, denoise_mask=None, model_options=None, **options):
-    """The picture x [B, …] with what a mask protects as it was. ComfyUI sees to that in each evaluation (`KSamplerX0Inpaint`), which is enough where the last
-    evaluation is the picture; a learned last row takes of the others, too."""
+def unguided(extra_args: dict) -> dict:
+    """A sampler's extra arguments for a call that asks for the prompt alone: a node's own way to mix two branches (RescaleCFG, PerpNeg) would have one of them
+    empty."""
+    options = {name: value for name, value in extra_args.get("model_options", {}).items() if name != "sampler_cfg_function"}
+    return extra_args | dict(model_options=options)
+
+
+def kept(model, x, start, row, sigma, sigmas, denoise_mask=None, model_options=None, **options):
+    """The picture x [B, …] = row[0]·start + Σ row[1 + i]·D_i with what a mask protects as it was. ComfyUI sees to that in each evaluation
+    (`KSamplerX0Inpaint`): D_i = mask·D + (1 − mask)·latent, which is enough where the last evaluation is the picture; of a learned last row, which takes of
+    start, too, and whose weights need not sum to 1, it makes mask·picture + (1 − mask)·latent with what is added here."""
     if denoise_mask is None:
         return x
     if change := (model_options or {}).get("denoise_mask_function"):
         denoise_mask = change(sigma, denoise_mask, extra_options={"model": model.inner_model, "sigmas": sigmas})
-    return x * denoise_mask + model.latent_image * (1 - denoise_mask)
+    return x + (1 - denoise_mask) * ((1 - sum(row[1:])) * model.latent_image - row[0] * start)
 
 
 def patch_of(guider):

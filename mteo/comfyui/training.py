@@ -68,7 +68,7 @@ def distill_model(
                 network, prompts = private.model.diffusion_model, len(positives)
 
                 def choose(session: Session) -> Table:
-                    require_gradient(session)
+                    require_gradient(session, max(recipe.guidance))
                     return choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
 
                 table = run_session(private, positives, negative, latent, choose)
@@ -144,12 +144,12 @@ def untrained_table(network: torch.nn.Module, sampling, space: str, sigmas: torc
     return Table(len(sigmas) - 1, sigmas.tolist(), timesteps, solver, tableau, [1.0], offsets, guided=guided)
 
 
-def require_gradient(session: Session) -> None:
-    """MTEOError where a node on the model, such as FreeU_V2, writes into what a gradient needs: told before the teacher's work, not after it."""
+def require_gradient(session: Session, cfg: float) -> None:
+    """MTEOError where, at this cfg, a node on the model, such as FreeU_V2, writes into what a gradient needs: told before the teacher's work, not after it."""
     sigma = float(session.sampling.sigma_max) / 2
     x = session.start(session.noise(1, 0), torch.tensor(sigma)).requires_grad_(True)
     try:
-        session.denoise(x, sigma, torch.tensor([0]), torch.ones(1, dtype=torch.float64)).square().mean().backward()
+        session.denoise(x, sigma, torch.tensor([0]), torch.tensor([cfg], dtype=torch.float64)).square().mean().backward()
     except RuntimeError as error:
         if full(error):
             return  # a training has other ways for that
@@ -164,7 +164,7 @@ def denoise_of(session: Session, alone: Sequence[int] = (), placed: Tableau | No
 
     def denoise(x: torch.Tensor, call: int, sigma: float | torch.Tensor, batch: Trajectories) -> torch.Tensor:
         guidance = torch.ones_like(batch.guidance) if call in alone else batch.guidance
-        with following(session.sampling, sigma):
+        with following(session.sampling, sigma), session.prompt_alone(call in alone):
             return session.denoise(x, sigma, batch.item, guidance, None if placed is None else float(placed.sigmas[call]))
 
     return denoise

@@ -66,3 +66,34 @@ def test_the_error_by_frequency_is_of_its_own_band():
     assert by_frequency(torch.zeros_like(x), x) == pytest.approx([1.0] * 4)
     finest = by_frequency(x + wave * wave[:, None], x)
     assert finest[3] > 0.1 and max(finest[:3]) < 1e-6
+
+
+@pytest.mark.parametrize(("model", "told"), [("unet", (8.0, 3.8, 1.9, 0.7)), ("mmdit", (0.95, 0.87, 0.72, 0.5))])
+def test_the_gradient_of_what_is_diagnosed_is_that_of_small_moves(comfyui_root, monkeypatch, model, told):
+    """Of the learned σ, too, whose time is a number of a step (UNet) or a function of them (flow model)."""
+    from bench.parts import parts, teacher_pairs, untrained
+    from mteo.coefficients import ROWS, SIGMAS
+    from mteo.comfyui import diagnosis
+    from mteo.gridsearch import student_start
+    from mteo.recipe import Recipe
+
+    own, recipe, seen = parts(1, 4, False, model), Recipe(steps=4), []
+    sampling = own.model.get_model_object("model_sampling")
+    tableau, pairs = student_start(float(sampling.sigma_max), told), teacher_pairs(own, 4, 1.0, 7, 8)
+
+    def compare(ends, zero, target, progress=None):
+        part, generator = torch.arange(len(pairs)), torch.Generator().manual_seed(0)
+        leaves, weight = {name: value.detach().clone().requires_grad_(True) for name, value in zero.items()}, torch.randn(target.shape, generator=generator)
+        gradients = dict(zip(leaves, torch.autograd.grad((ends(part, leaves) * weight).sum(), list(leaves.values()), allow_unused=True), strict=True))
+        for name in (SIGMAS, ROWS):
+            for place in range(len(told)):
+                move = torch.zeros_like(zero[name])
+                move[place] = 2e-4
+                with torch.no_grad():
+                    up, down = (ends(part, zero | {name: zero[name] + sign * move}) for sign in (1, -1))
+                seen.append((float((gradients[name] * move).sum()), float(((up - down).double() / 2 * weight).sum())))
+
+    monkeypatch.setattr(diagnosis, "offsets_share", compare)
+    own.session(lambda session: diagnosis.of_offsets(session, session.patch, recipe, tableau, pairs, None), untrained(own, recipe, tableau))
+    largest = max(abs(slope) for _, slope in seen)
+    assert len(seen) == 8 and [gradient for gradient, _ in seen] == pytest.approx([slope for _, slope in seen], rel=0.05, abs=0.02 * largest)

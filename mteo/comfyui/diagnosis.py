@@ -19,7 +19,7 @@ from .conditions import require_trainable
 from .patch import choose_table
 from .session import Session, private_copy, run_session, training_mode
 from .solver import named_sampler, read_tableau
-from .times import telling
+from .times import is_discrete, telling
 from .training import SEARCH, denoise_of, gather, named_grid, refined_of, start_sigma, teacher_sigmas, teacher_tableau, untrained_table, with_table
 
 NAMED = "sgm_uniform"  # the grid to compare with where the recipe's is searched for
@@ -115,11 +115,13 @@ def plain_errors(session: Session, recipe: Recipe, number: int, pictures: int, p
 
 
 def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs: Trajectories, progress):
+    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | learned_of(recipe, tableau)
     answer, session.short = denoise_of(session, patch.table.alone, tableau), False  # what a small move changes, bfloat16 would round away
+    between_steps = SIGMAS in zero and is_discrete(session.sampling)
 
     def smooth(x: torch.Tensor, call: int, sigma, batch: Trajectories) -> torch.Tensor:
         """With the time between the model's discrete steps: where σ is learned, a small move of it has to be seen."""
-        with telling(session.sampling, torch.as_tensor(sigma).detach() if SIGMAS in zero else None):  # its slope comes from `following`
+        with telling(session.sampling, torch.as_tensor(sigma).detach() if between_steps else None):  # its slope comes from `following`
             return answer(x, call, sigma, batch)
 
     def ends(part: torch.Tensor, learned: dict[str, torch.Tensor], recompute: bool = False) -> torch.Tensor:
@@ -127,7 +129,6 @@ def of_offsets(session: Session, patch, recipe: Recipe, tableau: Tableau, pairs:
         own, denoise = pairs.part(part), partial(recomputed, smooth) if recompute else smooth
         return execute(corrected(tableau, learned, session.flow), partial(denoise, batch=own), own.start)
 
-    zero = {path: rows.to(session.device) for path, rows in patch.offsets.table.items()} | learned_of(recipe, tableau)
     return offsets_share(ends, zero, pairs.end, progress=progress)
 
 

@@ -130,10 +130,11 @@ def teacher_pairs(
     """Starts, the teacher's states at the inner σ of a grid `through` (none: no states) and its end points: prompts in turn, noise by `seed`."""
 
     def work(session):
-        item, guidance = torch.arange(count) % len(own.positives), torch.full((count,), cfg, dtype=torch.float64)
+        place, guidance = torch.arange(count), torch.full((count,), cfg, dtype=torch.float64)
+        item = place % len(own.positives)
         recipe = Recipe(denoise=denoise)
         sigma = start_sigma(session.sampling, recipe)
-        start = starts(session, recipe, torch.tensor(sigma), item, guidance, len(own.positives), seed)
+        start = starts(session, recipe, torch.tensor(sigma), place, item, guidance, len(own.positives), seed)
         sigmas = refined_of(session, through, steps) if through else teacher_sigmas(session, steps, sigma)
         states, end = follow(teacher_tableau(session, sigmas), batched(session, Trajectories(start, start[:, :0], start, item, guidance)), start, through)
         return Trajectories(start, states, end, item, guidance)

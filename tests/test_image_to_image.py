@@ -68,9 +68,9 @@ def test_its_training_starts_from_the_models_own_pictures(kind, request):
     model, positives, negative, latent = request.getfixturevalue(kind)
 
     def look(session):
-        item, cfg = torch.tensor([0, 0]), torch.ones(2, dtype=torch.float64)
+        item, cfg = torch.tensor([0, 0]), torch.ones(2, dtype=torch.float64)  # of the first two rounds of two prompts
         sigma = torch.tensor(start_sigma(session.sampling, RECIPE))
-        made = starts(session, RECIPE, sigma, item, cfg, 2, 5)
+        made = starts(session, RECIPE, sigma, torch.tensor([0, 2]), item, cfg, 2, 5)
         noise = session.noise(4, 5)[2:]
         pictures = (made - sigma * noise) / (1 - sigma) if session.flow else made - sigma * noise
         many = teacher_tableau(session, teacher_sigmas(session, RECIPE.teacher_steps))

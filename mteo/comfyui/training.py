@@ -246,10 +246,11 @@ def gather(
         size = min(CHUNK, count - chunk * CHUNK)
         part = store.read_chunk(stream, number, chunk, size) if store else None
         if part is None:
-            item = (torch.arange(chunk * CHUNK, chunk * CHUNK + size) + 7919 * (stream - 1)) % prompts
+            place = torch.arange(chunk * CHUNK, chunk * CHUNK + size)
+            item = (place + 7919 * (stream - 1)) % prompts
             guidance = torch.full((size,), cfg, dtype=torch.float64)
             seed = (((recipe.seed * 4 + stream) * 100 + number) * 100_003 + chunk) % 2**63
-            start = starts(session, recipe, teacher.sigmas[0], item, guidance, prompts, seed)
+            start = starts(session, recipe, teacher.sigmas[0], place, item, guidance, prompts, seed)
             states, end = follow(
                 teacher,
                 partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, item, guidance)),
@@ -267,13 +268,16 @@ def gather(
 
 
 @torch.no_grad()
-def starts(session: Session, recipe: Recipe, sigma: torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, prompts: int, seed: int) -> torch.Tensor:
+def starts(
+    session: Session, recipe: Recipe, sigma: torch.Tensor, place: torch.Tensor, item: torch.Tensor, guidance: torch.Tensor, prompts: int, seed: int
+) -> torch.Tensor:
     """x_T [B, …] at σ of the recipe's samplings, for the prompts `item` [B]: noise; with a denoise below 1 noise on the model's own many-step pictures, of the
-    same prompt and of another one by turns."""
+    same prompt and of another one by turns, which change with each round of the prompts. place [B]: of each among all."""
     if recipe.denoise == 1:
         return session.start(session.noise(len(item), seed), sigma)
     first, noise = session.noise(2 * len(item), seed).chunk(2)
-    drawn = (item + (torch.arange(len(item)) % 2) * max(1, prompts // 2)) % prompts
+    other = (place % prompts + place // prompts) % 2
+    drawn = (item + other * max(1, prompts // 2)) % prompts
     many = teacher_tableau(session, teacher_sigmas(session, recipe.teacher_steps))
     start = session.start(first, many.sigmas[0])
     pictures = execute(many, partial(denoise_of(session), batch=Trajectories(start, start[:, :0], start, drawn, guidance)), start)
@@ -347,8 +351,9 @@ def compare(session: Session, patch, recipe: Recipe, prompts: int, count: int, s
     fine = teacher_tableau(session, refined_of(session, table.sigmas, recipe.teacher_steps))
     made = {"teacher": [], "plain": [], "mteo": []}
     patch.offsets.scale = 0.0
-    item, guidance = torch.arange(count) % prompts, torch.full((count,), cfg, dtype=torch.float64)
-    whole = starts(session, recipe, torch.tensor(table.sigmas[0]), item, guidance, prompts, seed)
+    place, guidance = torch.arange(count), torch.full((count,), cfg, dtype=torch.float64)
+    item = place % prompts
+    whole = starts(session, recipe, torch.tensor(table.sigmas[0]), place, item, guidance, prompts, seed)
     whole = Trajectories(whole, whole[:, :0], whole, item, guidance)
     for begin in range(0, count, CHUNK):
         part = whole.part(slice(begin, begin + CHUNK))

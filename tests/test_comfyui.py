@@ -259,7 +259,7 @@ def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects, monke
     import comfy.samplers
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    from mteo.comfyui.patch import apply_embeddings
+    from mteo.comfyui.patch import KEPT, SEVERAL, apply_embeddings
     from reference.objects import make_model
 
     _, _, positive, negative = comfy_objects
@@ -279,8 +279,13 @@ def test_a_compiled_model_takes_the_table_and_gives_it_back(comfy_objects, monke
         assert not torch.allclose(plain, moved, atol=1e-2)
         for table, strength, wanted in (*others, (embeddings, 1.0, moved)):
             assert torch.allclose(run(apply_embeddings(compiled, table, strength=strength)[0]), wanted, atol=1e-6)
-        monkeypatch.setattr(torch._dynamo, "reset", lambda: pytest.fail("the same table must not have the model compiled anew"))
-        assert torch.allclose(run(apply_embeddings(compiled, embeddings)[0]), moved, atol=1e-6)
+        with monkeypatch.context() as patching:
+            patching.setattr(torch._dynamo, "reset", lambda: pytest.fail("a table that was there must not have the model compiled anew"))
+            for table, strength, wanted in ((embeddings, 1.0, moved), *others):
+                assert torch.allclose(run(apply_embeddings(compiled, table, strength=strength)[0]), wanted, atol=1e-6)
+        weak = run(apply_embeddings(model, other, strength=0.2)[0])
+        assert torch.allclose(run(apply_embeddings(compiled, other, strength=0.2)[0]), weak, atol=1e-6)
+        assert len(getattr(compiled.model, KEPT)) == SEVERAL and torch.allclose(run(compiled), plain, atol=1e-6)
 
 
 def test_the_model_as_it_was_after_an_error_in_mid_sampling(comfy_objects):

@@ -24,7 +24,8 @@ from ..schedule import SAME_SIGMA, require_schedule
 from ..tableau import stopped
 from .solver import KEY, OWN, cfg_of, read_tableau, sampler_name
 
-KEPT = "mteo_compiled"  # on a compiled model: (Patch, handles) of the hooks that stay
+KEPT = "mteo_compiled"  # on a compiled model: {Patch: handles} of the hooks that stay
+SEVERAL = 3  # tables, such as one for a picture and one for its second pass, that a compiled model keeps
 SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
 POLICIES = ("error", "interpolate", "nearest", "off")
 
@@ -67,18 +68,19 @@ class Patch:
         self.bounds = self.windows.tolist()
 
     def inject(self, patcher) -> None:
-        kept = getattr(patcher.model, KEPT, None)
-        if kept and kept[0] is self:
+        kept = patcher.model.__dict__.get(KEPT, {})
+        if self in kept:
             return
         if "torch_compile_kwargs" in patcher.model_options:
             # Dynamo does not guard on hooks: what was compiled without them is forgotten once, then the hooks stay (and do nothing
             # while no offset is selected), so that no variant without them is compiled in between [2].
-            if kept:
-                detach(kept[1])
+            while len(kept) >= SEVERAL:
+                detach(kept.pop(next(iter(kept))))
             torch._dynamo.reset()
             config = torch._dynamo.config  # what is compiled once for each site of a class is not given up after the eighth
             config.cache_size_limit = max(config.cache_size_limit, 2 * len(self.offsets.table))
-            setattr(patcher.model, KEPT, (self, attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)))
+            kept[self] = attach(self.find(patcher.model.diffusion_model), self.offsets, self.space)
+            setattr(patcher.model, KEPT, kept)
         else:
             self.users[id(patcher)] = patcher.model.diffusion_model
 
@@ -296,8 +298,8 @@ def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: fl
     table = choose_table(embeddings, steps)
     if table.alone and off_grid in ("interpolate", "nearest"):
         raise MTEOError(f"This table guides in some steps only, so that it works with its own sampler and sigmas: set off_grid to error, not {off_grid}.")
-    kept = getattr(model.model, KEPT, (None,))[0]
-    patch = kept if kept and kept.is_for(table, strength, off_grid) else Patch(table, embeddings.space, strength, off_grid)
+    same = (patch for patch in model.model.__dict__.get(KEPT, ()) if patch.is_for(table, strength, off_grid))
+    patch = next(same, None) or Patch(table, embeddings.space, strength, off_grid)
     patch.find(model.model.diffusion_model)
     patch.made_for, patch.known_patches = embeddings.model.get("fingerprint"), model.patches_uuid
     require_model(model, patch.made_for)

@@ -77,11 +77,12 @@ class Offsets:
         return tensor + (offset if tensor.dim() == 2 else offset[:, None])  # v = e_l(t_k) + Δ[k, l]
 
     def _as(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What is in force at the site in the tensor's dtype; made once for a row that is not being learned."""
+        """What is in force at the site in the tensor's dtype; made once for a row that is not being learned, but in a compiled network, of whose graph no
+        tensor may be kept (CUDA graphs write over it)."""
         values = self.current[path]
         if values.dtype != tensor.dtype:
             values = values.to(tensor.dtype)
-            if not values.requires_grad:
+            if not values.requires_grad and not torch.compiler.is_compiling():
                 self.current[path] = values
         return values
 

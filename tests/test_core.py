@@ -124,6 +124,21 @@ def test_zero_offsets_change_no_bit_and_others_do(space, dtype):
     assert torch.equal(network(emb), plain)
 
 
+def test_a_compiled_network_keeps_no_tensor_of_its_graph():
+    """A CUDA graph's next run would write over it."""
+    network, emb = Network().bfloat16(), torch.randn(2, 6).bfloat16()
+    table = {site.path: torch.full((1, site.width), 0.5) for site in find_sites(network, "embedding")}
+    offsets = Offsets(table)
+    attach(find_modules(network, table, "embedding"), offsets, "embedding")
+    made, kept = [], []
+    with torch.no_grad():
+        for run in (torch.compile(network, backend="eager"), network):
+            offsets.select(0)
+            made.append(run(emb))
+            kept.append({rows.dtype for rows in offsets.current.values()})
+    assert torch.equal(*made) and kept == [{torch.float32}, {torch.bfloat16}]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gain_scales_what_a_normalisation_puts_out_with_and_without_a_gradient(dtype):
     from mteo.injection import GAIN_UNIT

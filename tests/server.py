@@ -1,5 +1,6 @@
 """ComfyUI's own server as a process on loopback, and the little that a test says to it."""
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,7 +24,11 @@ class Server:
         for folder in ("custom_nodes", "web", "user", "models/mteo"):
             (base / folder).mkdir(parents=True)
         (base / "web" / "index.html").write_text("<html></html>")
-        (base / "custom_nodes" / "ComfyUI-MTEO").symlink_to(pack, target_is_directory=True)
+        own = base / "custom_nodes" / "ComfyUI-MTEO"
+        try:
+            own.symlink_to(pack, target_is_directory=True)
+        except OSError:  # Windows, for all but administrators and developers
+            shutil.copytree(pack, own, ignore=shutil.ignore_patterns(".*", "runs"))
         command = [sys.executable, str(comfyui / "main.py"), "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", "ComfyUI-MTEO", "--front-end-root", str(base / "web")]
         command += ["--preview-method", "latent2rgb"]

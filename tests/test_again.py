@@ -29,6 +29,20 @@ def named_table(model, solver: str = "euler", fill: float = 0.1):
     return Embeddings({3: table}, "gains")
 
 
+def test_where_comfyui_says_no_ratio_an_empty_latent_has_the_models_size(transformer_parts, no_gradients, monkeypatch):
+    """0.3.75, whose Empty Latent Image has four channels and an eighth of the size; the reference transformer's latent has a quarter."""
+    import comfy.sample
+
+    from mteo.comfyui.sampling import samples_for
+
+    model, *_, empty = transformer_parts
+    own = comfy.sample.fix_empty_latent_channels
+    monkeypatch.setattr(comfy.sample, "fix_empty_latent_channels", lambda model, latent_image: own(model, latent_image))
+    assert samples_for(model, dict(samples=torch.zeros(2, 4, 8, 8))).shape == (2, *empty.shape[1:])
+    picture = torch.ones(1, *empty.shape[1:])
+    assert samples_for(model, dict(samples=picture)) is picture
+
+
 def test_at_half_strength_the_rows_are_where_the_sampler_calls(parts, no_gradients):
     """Of a table with σ of its own: halfway between the schedule's and its own."""
     from mteo.comfyui.patch import Patch

@@ -20,7 +20,7 @@ def tracked() -> list[str]:
 
 @pytest.fixture(scope="module")
 def shipped(tracked) -> list[str]:
-    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text().splitlines())
+    ignored = pathspec.GitIgnoreSpec.from_lines((ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines())
     return [name for name in tracked if not ignored.match_file(name)]
 
 
@@ -52,7 +52,7 @@ def test_rooms_import_only_what_the_design_allows(tracked):
     looked_at = set()
     for name in (name for name in tracked if name.endswith(".py")):
         room = next((room for room in forbidden if name.startswith(f"{room}/")), None)
-        for line in ast.walk(ast.parse((ROOT / name).read_text())) if room else ():
+        for line in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))) if room else ():
             for module in imported(line, Path(name)):
                 looked_at.add(module)
                 assert not re.match(forbidden[room] + r"(/|$)", module), f"{name}: {module}"
@@ -94,14 +94,14 @@ def test_the_archive_is_what_running_the_nodes_needs(shipped):
         r"\b(eval|exec|compile|__import__)\(|subprocess|os\.(system|environ)|import_module|read_bytes|base64|pickle|marshal|urllib|requests|socket"
     )
     for name in (name for name in shipped if name.endswith(".py")):
-        found = [line for line in (ROOT / name).read_text().splitlines() if risky.search(line) and "re.compile" not in line]
+        found = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if risky.search(line) and "re.compile" not in line]
         assert not found, f"{name}: {found}"
 
 
 def test_what_is_shipped_imports_only_what_is_shipped(shipped):
     modules = {name.removesuffix(".py").removesuffix("/__init__") for name in shipped if name.endswith(".py")}
     for name in (name for name in shipped if name.endswith(".py")):
-        for line in ast.walk(ast.parse((ROOT / name).read_text())):
+        for line in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             if not isinstance(line, ast.ImportFrom):
                 continue
             room = Path(name).parents[line.level - 1] if line.level else Path()
@@ -114,9 +114,9 @@ def test_what_is_shipped_imports_only_what_is_shipped(shipped):
 
 
 def test_every_node_has_its_help_page():
-    nodes = json.loads((ROOT / "tests" / "schema.json").read_text())
+    nodes = json.loads((ROOT / "tests" / "schema.json").read_text(encoding="utf-8"))
     for name in nodes:
-        page = (ROOT / "web" / "docs" / f"{name}.md").read_text()
+        page = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.startswith("# ") and len(page) > 150, name
 
 

@@ -90,6 +90,19 @@ def test_comfyuis_nodes_are_imported_not_the_packs(comfyui_root):
     assert told.returncode == 0, told.stderr[-1500:]
 
 
+def test_it_runs_where_python_does_not_look_into_the_current_folder(done):
+    """As ComfyUI's portable for Windows: `python -m trainer` is not found there."""
+    told = subprocess.run([sys.executable, "-I", "trainer", "inspect", done[0] / "run" / "table.safetensors"], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0 and "3 steps" in told.stdout, told.stderr[-1500:]
+
+
+def test_a_folder_of_a_refused_command_is_free_for_the_next_one(done, tmp_path):
+    config = done[0] / "run.toml"
+    assert "The grid sgm is not known" in trainer("distill", config, "--folder", tmp_path / "run", "--grid", "sgm").stderr
+    told = trainer("distill", config, "--folder", tmp_path / "run", "--grid", "karras")
+    assert told.returncode == 0 and json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]["grid"] == "karras", told.stderr[-1500:]
+
+
 def test_bad_input_gets_one_sentence(done, tmp_path):
     table = done[0] / "run" / "table.safetensors"
     cut = tmp_path / "cut.safetensors"
@@ -110,6 +123,9 @@ def test_bad_input_gets_one_sentence(done, tmp_path):
         (("distill", done[0] / "run.toml", "--folder", done[0] / "run", "--seed", 5), "belongs to a run with another recipe"),
         (("sample", table, "cat", "--out", tmp_path / "cat"), "cat is no name of a picture file"),
         (("distill", "--prompts", tmp_path / "words.txt", "--width", 0), "width is '0': give a whole number of pixels, 64 or more"),
+        (("sample", table, "cat", "--width", 0), "width is 0: give a whole number of pixels, 64 or more"),
+        (("sample", table, "cat", "--count", 0), "count is 0: give the number of pictures"),
+        (("sample", table, "cat", "--out", cut / "cat.png"), "cut.safetensors"),
         (("distill", tmp_path / "kinds.toml"), "prompts: give a list of texts"),
         (("distill", tmp_path / "section.toml"), "make it a section, [recipe]"),
         (("diagnose", done[0] / "run.toml", "--denoise", 0.6, "--table", table), "The table starts at sigma 14.61, the recipe at"),

@@ -2,6 +2,9 @@
 import argparse
 import sys
 
+if not __package__:  # "python trainer", for a Python that does not look for modules in the current folder, as that of ComfyUI's portable for Windows
+    sys.path[0], __package__ = __file__.rpartition("trainer")[0] or ".", "trainer"
+
 from mteo.errors import MTEOError
 
 from . import config, diagnose, distill, inspect, sample
@@ -21,7 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         COMMANDS[options.command].run(options)
-    except MTEOError as error:
+    except (MTEOError, OSError) as error:
         print(f"mteo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

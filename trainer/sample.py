@@ -6,6 +6,7 @@ from PIL import Image
 from mteo.errors import MTEOError
 
 from .comfyui import empty_latent, encode, encode_image, find_root, load, open_comfyui
+from .config import whole
 
 
 def add_flags(parser) -> None:
@@ -27,6 +28,9 @@ def add_flags(parser) -> None:
 def run(options) -> None:
     if options.out.suffix.lower() not in Image.registered_extensions():
         raise MTEOError(f"{options.out} is no name of a picture file: let it end on .png or .jpg.")
+    width, height = whole("width", options.width), whole("height", options.height)
+    if options.count < 1:
+        raise MTEOError(f"count is {options.count}: give the number of pictures, 1 or more.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     open_comfyui(find_root(options.comfyui))
     import torch
@@ -38,11 +42,11 @@ def run(options) -> None:
     embeddings = load_embeddings(Path(options.table))
     with torch.inference_mode():
         model, clip, vae = load(options.model)
-        latent = {"samples": empty_latent(model, options.width, options.height, options.count)}
+        latent = {"samples": empty_latent(model, width, height, options.count)}
         if options.image:
             latent["samples"] = encode_image(vae, options.image).expand(options.count, -1, -1, -1)
         made = sample_latent(
             model, embeddings, latent, options.seed, encode(clip, options.prompt), encode(clip, options.negative), options.steps, options.cfg, options.strength
         )
-        sheet({"": vae.decode(made["samples"])}, max(SIDES[0], options.width), [options.prompt]).save(options.out)
+        sheet({"": vae.decode(made["samples"])}, max(SIDES[0], width), [options.prompt]).save(options.out)
     print(f"wrote {options.out}")

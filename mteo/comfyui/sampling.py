@@ -19,10 +19,13 @@ def applied(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0
 
 
 def samples_for(model, latent: dict) -> torch.Tensor:
-    """The values of a LATENT; an empty one in the model's channels and (where ComfyUI tells it) size."""
-    ratios = [latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")]
-    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2  # 0.3.75 knows of none
-    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[: max(known, 0)])
+    """The values of a LATENT; an empty one in the model's channels and size."""
+    samples, ratios = latent["samples"], [latent.get(name) for name in ("downscale_ratio_spacial", "downscale_ratio_temporal")]
+    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2
+    if known <= 0 and not samples.any():  # 0.3.75, whose Empty Latent Image has an eighth of the size and says nothing of it
+        ratio = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
+        samples = samples.new_zeros(*samples.shape[:-2], *(8 * side // ratio for side in samples.shape[-2:]))
+    return comfy.sample.fix_empty_latent_channels(model, samples, *ratios[: max(known, 0)])
 
 
 def sample_latent(

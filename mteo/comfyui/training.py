@@ -376,10 +376,11 @@ class RunFolder:
         if self.folder is None:
             return
         own = self.folder / "run.json"
-        if own.is_file() and own.read_text() != self.note:
+        same = own.is_file() and own.read_text() == self.note
+        if own.is_file() and not same and any((self.folder / name).is_file() for name in ("start.safetensors", "table.safetensors")):
             raise MTEOError(f"The run folder {self.folder.name} belongs to a run with another recipe, model or prompts: choose another folder or delete it.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not own.is_file():
+        if not same:
             own.with_suffix(".new").write_text(self.note)
             own.with_suffix(".new").replace(own)
 

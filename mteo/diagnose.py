@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .distill import ridge
-from .gradient import Room, fitted
+from .gradient import Room, finite
 from .tableau import Tableau
 
 PROBE = 0.003  # how far the end points go in a finite difference, root mean square ÷ the target's spread: rounding (float32) and curvature are both small
@@ -138,13 +138,14 @@ def pulled_back(ends, part: torch.Tensor, offsets: dict[str, torch.Tensor], cota
         for begin in range(0, len(part), room.together):
             rows = slice(begin, begin + room.together)
             made = ends(part[rows], leaves, recompute=True) if room.recompute else ends(part[rows], leaves)
-            gradients = torch.autograd.grad((made * cotangent[rows]).sum(), list(leaves.values()), allow_unused=True)
+            scale = room.scale / 16  # as a training's: a sum over all of a picture's numbers is large for float16
+            gradients = torch.autograd.grad((made * cotangent[rows]).sum() * scale, list(leaves.values()), allow_unused=True)
             for path, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
-                    total[path] += gradient
+                    total[path] += gradient / scale
         return total
 
-    return fitted(room, work)
+    return finite(room, work, dict.values)
 
 
 @torch.no_grad()

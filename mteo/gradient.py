@@ -9,14 +9,20 @@ from torch.utils.checkpoint import checkpoint
 from .errors import MTEOError
 from .teacher import Trajectories
 
+FULL = ("out of memory", "out of device memory", "not enough gpu video memory", "cublas_status_alloc_failed")
+SMALLEST = 2.0**-40  # of Room.scale
+TOO_SMALL = "The graphics card's memory does not hold one evaluation of one picture with its gradient: give a smaller latent, or close what else uses the card."
+
 
 @dataclass
 class Room:
     """together: pictures whose evaluations are kept for the backward pass. recompute: nothing of an evaluation is kept but its input, it is made once more in
-    the backward pass (Chen et al. 2016, arXiv 1604.06174): a third more time."""
+    the backward pass (Chen et al. 2016, arXiv 1604.06174): a third more time. scale: of the gradients inside the network, 1 = as the code has it; float16
+    holds no more than 65,504."""
 
     together: int
     recompute: bool = False
+    scale: float = 1.0
 
     def shrink(self) -> None:
         """MTEOError where it is the smallest already."""
@@ -26,16 +32,23 @@ class Room:
         elif not self.recompute:
             self.recompute = True
         else:
-            raise MTEOError(
-                "The graphics card's memory does not hold one evaluation of one picture with its gradient: "
-                "give a smaller latent, or close what else uses the card."
-            )
+            raise MTEOError(TOO_SMALL)
 
 
 def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(loss, its gradient for each parameter) of loss_of(rows, denoise) -> mean over the pictures `rows`, a slice of the batch. `room` shrinks where it has to,
     and stays so."""
-    return fitted(room, lambda: in_room(loss_of, denoise, batch, parameters, room))
+    return finite(room, lambda: in_room(loss_of, denoise, batch, parameters, room), lambda made: made[1] if made[0].isfinite() else ())
+
+
+def finite(room: Room, work, gradients_of):
+    """As `fitted`, and again with a smaller scale as long as one of the tensors gradients_of(what was made) is not finite."""
+    while True:
+        made = fitted(room, work)
+        gradients = [gradient.isfinite().all() for gradient in gradients_of(made)]
+        if not gradients or torch.stack(gradients).all() or room.scale < SMALLEST:
+            return made
+        room.scale /= 16
 
 
 def fitted(room: Room, work):
@@ -50,14 +63,14 @@ def fitted(room: Room, work):
 
 
 def full(error: RuntimeError) -> bool:
-    """Whether it says that a device's memory is full: a class of its own with CUDA, a sentence with Apple's MPS and other backends."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error).lower()
+    """Whether it says that a device's memory is full: a class of its own with CUDA, a sentence with Apple's MPS, DirectML and other backends."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(sentence in str(error).lower() for sentence in FULL)
 
 
 def in_room(loss_of, denoise, batch: Trajectories, parameters: list[torch.Tensor], room: Room) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """As `gradient_of`, in the room that is given."""
     # float16 has nothing below 6e-8, and a mean over so many numbers has: undone below, to the last bit
-    scale = 2.0 ** round(math.log2(max(batch.end.numel() / 16, 1)))
+    scale = room.scale * 2.0 ** round(math.log2(max(batch.end.numel() / 16, 1)))
     denoise = partial(recomputed, denoise) if room.recompute else denoise
     loss, total = 0.0, [torch.zeros_like(value) for value in parameters]
     for begin in range(0, len(batch), room.together):

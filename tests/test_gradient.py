@@ -1,4 +1,5 @@
 """A batch's gradient in less memory is the gradient of the whole batch."""
+import math
 from functools import partial
 
 import pytest
@@ -47,7 +48,7 @@ def test_fewer_pictures_at_a_time_and_evaluations_made_twice_give_the_same_gradi
         assert own.allclose(loss, rtol=1e-5) and all(a.allclose(b, rtol=1e-4) for a, b in zip(parts, whole, strict=True))
 
 
-@pytest.mark.parametrize("error", [FULL, RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")])
+@pytest.mark.parametrize("error", [FULL, *map(RuntimeError, ("MPS backend out of memory (8 GB)", "There is not enough GPU video memory available!"))])
 def test_a_full_card_is_given_less_and_stays_so(error):
     room = Room(10)
     _, parts, sizes = gradient(room, most=3, error=error)
@@ -58,6 +59,32 @@ def test_a_full_card_is_given_less_and_stays_so(error):
     with pytest.raises(RuntimeError, match="another fault"):
         gradient(Room(10), most=3, error=RuntimeError("another fault"))
     assert room == Room(1, recompute=True)
+
+
+def test_a_card_too_small_for_one_gradient_is_told_before_the_teachers_work(parts):
+    """And what else ComfyUI has on it, such as the text encoder, is taken off first."""
+    import comfy.model_management as management
+
+    from mteo.comfyui.training import distill_model
+    from mteo.recipe import Recipe
+    from reference.objects import make_clip
+
+    model, *rest = parts
+    clip, stages = make_clip("unet").patcher, []
+    management.load_models_gpu([clip])
+
+    def small(executor, *arguments, **options):
+        assert not any(loaded.model is clip for loaded in management.current_loaded_models)
+        if torch.is_grad_enabled():
+            raise FULL
+        return executor(*arguments, **options)
+
+    narrow = model.clone()
+    narrow.add_wrapper_with_key("diffusion_model", "small", small)
+    assert any(loaded.model is clip for loaded in management.current_loaded_models)
+    with pytest.raises(MTEOError, match="smaller latent"):
+        distill_model(narrow, *rest, Recipe(), progress=lambda stage, *more, **others: stages.append(stage))
+    assert not stages
 
 
 def test_what_float16_cannot_hold_is_scaled_on_its_way():
@@ -73,6 +100,24 @@ def test_what_float16_cannot_hold_is_scaled_on_its_way():
         loss, (slope,) = gradient_of(loss_of, None, batch, [value], Room(10))
         found.append(float(slope))
     assert found[1] == pytest.approx(found[0], rel=0.01) and found[0] != 0
+
+
+def test_what_is_too_large_for_float16_is_made_smaller_and_stays_so():
+    """A sum over many tokens passes 65,504 on its way; where the loss itself is no number, nothing helps."""
+    batch, found, room, tries = batch_of(10), [], Room(10), []
+    for dtype in (torch.float32, torch.float16, torch.float16):
+        value = torch.tensor(0.3, requires_grad=True)
+
+        def loss_of(rows, denoise, value=value, dtype=dtype):
+            tries.append(dtype)
+            return picture_loss(1e4 * (value.to(dtype) * batch.start[rows].to(dtype)).float(), batch.end[rows])
+
+        found.append(float(gradient_of(loss_of, None, batch, [value], room)[1][0]))
+    assert found[1:] == pytest.approx(found[:1] * 2, rel=0.01) and room.scale < 1
+    assert tries.count(torch.float32) == 1 and tries[-2] == torch.float16 and len(tries) == 3 - math.log(room.scale, 16)
+    before, nothing = room.scale, torch.tensor(torch.nan, requires_grad=True)
+    gradient_of(lambda rows, denoise: picture_loss(nothing * batch.start[rows], batch.end[rows]), None, batch, [nothing], room)
+    assert room.scale == before
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])

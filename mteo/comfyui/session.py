@@ -46,8 +46,8 @@ class Session:
         self._guider, self._wrap, self._extra = guider, model_wrap, extra_args
         self.latent, self.device, self._computing = latent, latent.device, latent.device
         self._together = sys.maxsize  # pictures that are evaluated at once, at most
-        self.short = True  # whether a processor that multiplies bfloat16 does so
         self.sampling, self.network = model_wrap.inner_model.model_sampling, model_wrap.inner_model.diffusion_model
+        self.short = next(self.network.parameters()).dtype != torch.float16  # whether a processor that multiplies bfloat16 does so
         self.flow = is_flow(self.sampling)
         self.patch = guider.model_patcher.get_attachment(KEY)  # the table on the model, if there is one
         self._prompts = [guider.conds[f"prompt{i}"] for i in range(prompts)]
@@ -149,6 +149,7 @@ def private_copy(model):
     the model, not compiled (what TorchCompileModel puts in the network's place is the user's own one), and without EasyCache, which gives an earlier answer."""
     if "bypass_lora" in getattr(model, "injections", {}):
         raise MTEOError("This model has a LoRA in bypass mode, which hooks the shared layers: load the LoRA with the usual LoRA loader.")
+    comfy.model_management.unload_all_models()  # text encoders and the like, whose room a backward needs
     if "force_deepcopy" in inspect.signature(type(model).clone).parameters and getattr(model, "cached_patcher_init", None):
         private = model.clone(disable_dynamic=True, force_deepcopy=True)
     else:
@@ -163,8 +164,8 @@ def private_copy(model):
 
 
 def deep_copy(model):
-    """For a MODEL that cannot make itself anew (ComfyUI 0.3.75, GGUF): its network is copied, with as much memory again."""
-    comfy.model_management.unload_all_models()  # no LoRA is merged into the weights while they are copied
+    """For a MODEL that cannot make itself anew (ComfyUI 0.3.75, GGUF) and is unloaded, so that no LoRA is in its weights: its network is copied, with as much
+    memory again."""
     private, base = model.clone(), model.model
     private.model = copy.copy(base)
     private.model._modules = dict(base._modules)  # a copied module shares this with the original

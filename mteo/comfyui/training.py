@@ -16,7 +16,7 @@ from ..coefficients import corrected, moves_sigmas
 from ..distill import State, distill, load_state, save_state
 from ..embeddings import FORMAT, Embeddings, Table, as_stored, load_embeddings, save_embeddings
 from ..errors import MTEOError
-from ..gradient import full
+from ..gradient import TOO_SMALL, full
 from ..gridsearch import SEARCHED, Plain, no_progress, search_grid
 from ..guided import ALL, Guided
 from ..recipe import FREE, Recipe
@@ -68,7 +68,7 @@ def distill_model(
                 network, prompts = private.model.diffusion_model, len(positives)
 
                 def choose(session: Session) -> Table:
-                    require_gradient(session, max(recipe.guidance))
+                    require_gradient(session, max(recipe.guidance) if recipe.guided else 1.0)
                     return choose_solver(session, network, recipe, grid, sampler, name, prompts, progress)
 
                 table = run_session(private, positives, negative, latent, choose)
@@ -152,7 +152,7 @@ def require_gradient(session: Session, cfg: float) -> None:
         session.denoise(x, sigma, torch.tensor([0]), torch.tensor([cfg], dtype=torch.float64)).square().mean().backward()
     except RuntimeError as error:
         if full(error):
-            return  # a training has other ways for that
+            raise MTEOError(TOO_SMALL) from None  # a training needs that much at least
         raise MTEOError(
             f"No gradient comes through this model; a node on it, such as FreeU_V2 or NAGuidance, may be why: distil without that node. ({error})"
         ) from error

@@ -16,7 +16,7 @@ import torch
 from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
 from safetensors import safe_open
 
-from mteo.comfyui.patch import model_fingerprint
+from mteo.comfyui.identity import model_fingerprint
 from mteo.embeddings import Embeddings, load_embeddings
 from mteo.fingerprint import difference, verdict
 from mteo.metrics import paired_bootstrap_ratio, per_picture

@@ -170,7 +170,7 @@ def test_between_two_rows_the_nearer_one_has_the_larger_share(comfyui_root):
 def test_a_lora_that_is_merged_does_not_make_another_model(parts, no_gradients):
     import comfy.model_management
 
-    from mteo.comfyui.patch import model_fingerprint
+    from mteo.comfyui.identity import model_fingerprint
     from reference.objects import make_model
 
     path, model = "middle_block.0.emb_layers.1", make_model(disable_dynamic=True)
@@ -190,7 +190,7 @@ def test_a_lora_that_is_merged_does_not_make_another_model(parts, no_gradients):
 def test_loras_on_packed_weights_are_there_afterwards(comfyui_root, fails):
     from types import SimpleNamespace
 
-    from mteo.comfyui.patch import dequantized
+    from mteo.comfyui.identity import dequantized
 
     loras = [("a LoRA", "its key")]
     weight = SimpleNamespace(patches=loras)

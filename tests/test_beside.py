@@ -85,7 +85,8 @@ def test_a_call_for_the_prompt_alone_mixes_no_branches(parts, no_gradients):
 def test_a_merge_is_another_model_and_a_lora_is_not(parts, no_gradients, caplog):
     from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple
 
-    from mteo.comfyui.patch import apply_embeddings, model_fingerprint
+    from mteo.comfyui.identity import model_fingerprint
+    from mteo.comfyui.patch import apply_embeddings
     from mteo.comfyui.sampling import applied
     from mteo.errors import MTEOError
     from mteo.fingerprint import difference

@@ -329,7 +329,7 @@ def test_stopping_early_runs_the_first_rows_of_the_table(comfy_objects):
 def test_another_model_sampling_is_refused_by_its_times(comfy_objects):
     import comfy.samplers
 
-    from mteo.comfyui.patch import require_timesteps
+    from mteo.comfyui.checks import require_timesteps
     from mteo.errors import MTEOError
 
     model = comfy_objects[0]
@@ -347,7 +347,8 @@ def test_another_model_sampling_is_refused_by_its_times(comfy_objects):
 def test_a_sibling_is_taken_with_a_warning_and_another_model_refused(comfy_objects, caplog):
     import comfy.samplers
 
-    from mteo.comfyui.patch import apply_embeddings, model_fingerprint
+    from mteo.comfyui.identity import model_fingerprint
+    from mteo.comfyui.patch import apply_embeddings
     from mteo.errors import MTEOError
 
     model = comfy_objects[0]

@@ -5,28 +5,23 @@ Who has injected is kept by patcher: clones share the model, and a clone that di
 model that is being sampled [1]. Hooks are put on at the first evaluation, as ComfyUI injects three times for one sampling.
 """
 import logging
-import math
 from bisect import bisect_left
 from contextlib import contextmanager
-from itertools import chain
 
-import comfy.lora
-import comfy.samplers
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
 from ..embeddings import Embeddings, Table
 from ..errors import MTEOError
-from ..fingerprint import SITES, difference, fingerprint, verdict
 from ..folding import Folded, foldable
 from ..injection import Offsets, attach, detach, find_modules, gain_paths
 from ..schedule import SAME_SIGMA, require_schedule
-from ..tableau import stopped
-from .solver import KEY, OWN, cfg_of, read_tableau, sampler_name
+from .checks import require_each_evaluation, require_guider, require_solver, require_timesteps, warn_of_cfg, warn_of_times
+from .identity import is_merged, require_model
+from .solver import KEY, cfg_of
 
 KEPT = "mteo_compiled"  # on a compiled model: {Patch: handles} of the hooks that stay
 SEVERAL = 3  # tables, such as one for a picture and one for its second pass, that a compiled model keeps
-SAME_SOLVER = 1e-4  # largest difference of two solvers' coefficients that are one, relative to the largest coefficient
 POLICIES = ("error", "interpolate", "nearest", "off")
 
 
@@ -168,7 +163,7 @@ class Patch:
         if guider.model_patcher.get_additional_models_with_key("multigpu"):
             raise MTEOError("A table works on one graphics card, and this model is split over several: remove the MultiGPU node.")
         self.at(cfg_of(guider))
-        if guider.model_patcher.patches_uuid != self.known_patches and any(map(is_merge, chain(*guider.model_patcher.patches.values()))):
+        if guider.model_patcher.patches_uuid != self.known_patches and is_merged(guider.model_patcher):
             require_model(guider.model_patcher, self.made_for)
         self.known_patches = guider.model_patcher.patches_uuid
         if self.off_grid == "error":
@@ -209,83 +204,6 @@ def between(rows: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torc
     high = torch.searchsorted(grid, at).clamp(1, max(1, len(rows) - 1)).clamp_max(len(rows) - 1)
     low = (high - 1).clamp_min(0)
     return order[low], order[high], ((at - grid[low]) / (grid[high] - grid[low]).clamp_min(1e-10)).clamp(0, 1)
-
-
-def require_timesteps(table: Table, sampling) -> None:
-    """MTEOError where the model reads other times at the table's σ: zero-SNR, EDM or another multiplier; a shift changes nothing [16]."""
-    for sigma, trained in zip(table.tableau.row_sigmas.tolist(), table.timesteps, strict=True):
-        now = float(sampling.timestep(torch.tensor(sigma)))
-        if abs(now - trained) > 1e-3 * max(abs(trained), 1e-3):
-            raise MTEOError(
-                f"The model reads sigma {sigma:.4g} as time {now:.4g}, this table was trained with {trained:.4g}: "
-                "remove the node that changes the model's sampling."
-            )
-
-
-def require_solver(table: Table, strength: float, sampler, sigmas: torch.Tensor, sampling, cfg: float) -> None:
-    """MTEOError unless the SAMPLER's coefficients on `sigmas` are the table's at `cfg`."""
-    own = sampler_name(sampler)
-    wrong = MTEOError(
-        f"The sampler {own} is not the one this table was trained for, {table.solver}: connect the SAMPLER output of Apply MTEO to the sampler node."
-    )
-    if table.alone and own != OWN:
-        raise wrong
-    try:
-        asked = read_tableau(sampler, sigmas, sampling, own, cfg)
-    except MTEOError as error:
-        raise wrong from error
-    calls = min(len(asked.sigmas), len(table.tableau.sigmas))
-    trained = stopped(table.tableau_at(cfg, strength), calls, float(sigmas[-1]))
-    if trained.shape != asked.matrix.shape or not (asked.matrix - trained).abs().max() <= SAME_SOLVER * trained.abs().max():
-        raise wrong
-
-
-def require_each_evaluation(guider) -> None:
-    """MTEOError where a node on the model leaves out evaluations that it finds alike."""
-    cache = guider.model_options.get("transformer_options", {}).get("easycache")
-    if cache is not None:
-        raise MTEOError(f"{getattr(cache, 'name', 'EasyCache')} leaves out some evaluations of the model, and a table has but a few: remove that node.")
-
-
-def require_guider(table: Table, guider) -> None:
-    """MTEOError where some calls ask for the prompt alone and the guider, or a node on the model, has another rule than one cfg for two branches; a warning
-    where a node may change the guidance of the others."""
-    if table.alone and type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
-        raise MTEOError(f"This table guides in some steps only, which {type(guider).__name__} cannot: use MTEO KSampler, SamplerCustom or CFGGuider.")
-    overridden = guider.model_patcher.get_all_wrappers(WrappersMP.PREDICT_NOISE)
-    if overridden and table.alone:
-        raise MTEOError("This table guides in some steps only, and a node on the model, such as CFG Override, changes the guidance: remove that node.")
-    if overridden or (table.alone and guider.model_options.get("sampler_pre_cfg_function")):
-        logging.warning("MTEO: a node on the model, such as CFG Override or APG, may change the guidance in a way that this table was not trained for.")
-
-
-def warn_of_cfg(table: Table, cfg: float) -> None:
-    """A warning where cfg is beyond the values that the table was trained for."""
-    low, high = table.guidance[0], table.guidance[-1]
-    if not low <= cfg <= high:
-        trained = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        logging.warning(f"MTEO: cfg is {cfg:g}, and this table was trained for {trained}: what it learned at the nearest value acts.")
-
-
-def warn_of_times(guider, sampling, sigmas: list[float]) -> None:
-    """A warning where a conditioning, or a ControlNet in one, is for a part of the schedule in which the network is not evaluated."""
-    percent = lambda sigma: next((own for own in range(100) if float(sampling.percent_to_sigma(own / 100)) <= sigma), 100)
-    for start, end in {times for conds in guider.conds.values() for cond in conds for times in times_of(cond)}:
-        if not any(float(sampling.percent_to_sigma(end)) <= sigma <= float(sampling.percent_to_sigma(start)) for sigma in sigmas):
-            at = ", ".join(f"{percent(sigma)}" for sigma in sigmas)
-            logging.warning(
-                f"MTEO: a conditioning or ControlNet is for {100 * start:.0f} to {100 * end:.0f} % of the sampling, and does nothing: this table's evaluations "
-                f"are at {at} %."
-            )
-
-
-def times_of(cond: dict):
-    """(start, end), as shares of the schedule, of a condition and of its ControlNets."""
-    yield cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)
-    control = cond.get("control")
-    while control is not None:
-        yield tuple(control.timestep_percent_range)
-        control = control.previous_controlnet
 
 
 def apply_embeddings(model, embeddings: Embeddings, steps: int = 0, strength: float = 1.0, off_grid: str = "error"):
@@ -331,48 +249,3 @@ def choose_table(embeddings: Embeddings, steps: int) -> Table:
         has = ", ".join(map(str, sorted(embeddings.tables)))
         raise MTEOError(f"These embeddings have no table for {steps} steps: they hold {has}.")
     return embeddings.tables[steps]
-
-
-def model_fingerprint(model, paths: list[str], sites: int = SITES) -> dict[str, list[float]]:
-    """`fingerprint` of a MODEL's weights without its LoRAs, also while one is in them, but with what other models a merging node brings; without the paths
-    that it does not have."""
-    modules = dict(model.model.diffusion_model.named_modules())
-
-    def weight_of(path):
-        backup, module = model.backup.get(f"diffusion_model.{path}.weight"), modules[path]
-        weight = module.weight if backup is None else backup.weight
-        weight = dequantized(module, weight) if getattr(weight, "tensor_type", None) is not None else weight
-        others = [patch for patch in model.patches.get(f"diffusion_model.{path}.weight", ()) if is_merge(patch)]
-        return comfy.lora.calculate_weight(others, weight.detach().float().clone(), path) if others else weight
-
-    return fingerprint([path for path in paths if path in modules], weight_of, sites)
-
-
-def is_merge(patch: tuple) -> bool:
-    """Whether a patch of a weight, as ComfyUI keeps it, is another model's weight (ModelMergeSimple and all of its kind), and no LoRA."""
-    _, value, strength_model, *_ = patch
-    return strength_model != 1.0 or isinstance(value, list)
-
-
-def dequantized(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The numbers of a layer of ComfyUI-GGUF, which holds its weight as packed bytes, without the LoRAs that come on top of them."""
-    patches, weight.patches = weight.patches, []
-    try:
-        return module.get_weight(weight, torch.float32)
-    finally:
-        weight.patches = patches
-
-
-def require_model(model, trained: dict[str, list[float]] | None) -> None:
-    """MTEOError where the table was made for another model than one of the fingerprint `trained`; a warning where for a sibling (fine-tune) of this one."""
-    if not trained:
-        return
-    relative = difference(model_fingerprint(model, list(trained)), trained)
-    if verdict(relative) == "other":
-        how = f"its weights differ by {100 * relative:.0f} %" if math.isfinite(relative) else "it has other layers"
-        raise MTEOError(f"This table was distilled for another model ({how}): load the table of this model, or distil one.")
-    if verdict(relative) == "sibling":
-        logging.warning(
-            f"MTEO: this table was distilled for a sibling of this model (weights differ by {100 * relative:.0f} %): "
-            "compare with the plain model, and distil a table for this one if that is nearer."
-        )

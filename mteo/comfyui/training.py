@@ -25,7 +25,8 @@ from ..sites import find_family, find_sites
 from ..tableau import Tableau, euler_tableau, execute, started_at
 from ..teacher import Trajectories, follow, join, load_trajectories, save_trajectories
 from .conditions import WORDS, content_hash, require_trainable
-from .patch import KEY, apply_embeddings, model_fingerprint
+from .identity import model_fingerprint
+from .patch import KEY, apply_embeddings
 from .session import Session, private_copy, run_session, training_mode
 from .solver import named_sampler, read_tableau, sampler_name
 from .times import following

@@ -82,7 +82,7 @@ def test_a_call_for_the_prompt_alone_mixes_no_branches(parts, no_gradients):
     assert all(seen)
 
 
-def test_a_merge_is_another_model_and_a_lora_is_not(parts, no_gradients, caplog):
+def test_a_merge_is_another_model(parts, no_gradients, caplog):
     from comfy_extras.nodes_model_merging import ModelAdd, ModelMergeSimple
 
     from mteo.comfyui.identity import model_fingerprint

@@ -10,7 +10,7 @@ from .errors import MTEOError
 from .teacher import Trajectories
 
 FULL = ("out of memory", "out of device memory", "not enough gpu video memory", "cublas_status_alloc_failed")
-SMALLEST = 2.0**-40  # of Room.scale
+SMALLER = 6  # times that a gradient is tried with a scale of a sixteenth: one that is no number then is so for another reason
 TOO_SMALL = "The graphics card's memory does not hold one evaluation of one picture with its gradient: give a smaller latent, or close what else uses the card."
 
 
@@ -42,13 +42,17 @@ def gradient_of(loss_of, denoise, batch: Trajectories, parameters: list[torch.Te
 
 
 def finite(room: Room, work, gradients_of):
-    """As `fitted`, and again with a smaller scale as long as one of the tensors gradients_of(what was made) is not finite."""
-    while True:
+    """As `fitted`, and again with a smaller scale, which stays, where one of the tensors gradients_of(what was made) is not finite; as it was where that does
+    not help."""
+    before = room.scale
+    for _ in range(SMALLER + 1):
         made = fitted(room, work)
         gradients = [gradient.isfinite().all() for gradient in gradients_of(made)]
-        if not gradients or torch.stack(gradients).all() or room.scale < SMALLEST:
+        if not gradients or torch.stack(gradients).all():
             return made
         room.scale /= 16
+    room.scale = before
+    return made
 
 
 def fitted(room: Room, work):

@@ -118,6 +118,9 @@ def test_what_is_too_large_for_float16_is_made_smaller_and_stays_so():
     before, nothing = room.scale, torch.tensor(torch.nan, requires_grad=True)
     gradient_of(lambda rows, denoise: picture_loss(nothing * batch.start[rows], batch.end[rows]), None, batch, [nothing], room)
     assert room.scale == before
+    edge = torch.tensor(0.0, requires_grad=True)
+    loss, (slope,) = gradient_of(lambda rows, denoise: picture_loss(batch.start[rows] * (0 * edge).sqrt(), batch.end[rows]), None, batch, [edge], room)
+    assert loss.isfinite() and slope.isnan() and room.scale == before, "one such step does not make all later gradients too small"
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])

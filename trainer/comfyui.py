@@ -11,7 +11,7 @@ REFERENCE = {"reference": "unet", "reference-mmdit": "mmdit"}
 
 def find_root(given: str | None) -> Path:
     """--comfyui, else the ComfyUI that this pack is installed in; MTEOError where it is not there."""
-    root = Path(given) if given else (Path(__file__).resolve().parent / "../../..").resolve()
+    root = Path(given) if given else Path(__file__).resolve().parent / "../../.."
     if (root / "comfy" / "samplers.py").is_file():
         return root.resolve()
     raise MTEOError(f"{given} is not ComfyUI's root: it has no comfy/samplers.py." if given else "ComfyUI was not found: give its root with --comfyui.")
